@@ -1,0 +1,73 @@
+"""Where named configs are found: the user's own before those that ship with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpm_cluster.specs.nodes import MapNode, Node, ScalarNode, read_yaml
+from cpm_cluster.specs.problems import Problem, did_you_mean, listed, quoted
+
+SUFFIX = {"tokenizers": ".txt"}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Config folders, the first wins; each holds profiles/, clusters/, models/, images/, tokenizers/, gpus.yaml."""
+
+    folders: tuple[Path, ...]
+
+    def find(self, kind: str, name: str) -> Path | None:
+        """The file of a named config; an image's name has `-` for `:` and `/` in its file."""
+        stem = name.replace(":", "-").replace("/", "-") if kind == "images" else name
+        if "/" in stem:
+            return None
+        candidates = (folder / kind / (stem + SUFFIX.get(kind, ".yaml")) for folder in self.folders)
+        return next((path for path in candidates if path.is_file()), None)
+
+    def names(self, kind: str) -> list[str]:
+        suffix = SUFFIX.get(kind, ".yaml")
+        return sorted({path.name.removesuffix(suffix) for f in self.folders for path in (f / kind).glob("*" + suffix)})
+
+    def load(self, kind: str, name: ScalarNode, key: str, beside: Path, problems: list[Problem]) -> MapNode | None:
+        """The config that a job file names, or the path that it gives (relative to `beside`)."""
+        set_by = kind.removesuffix("s")
+        if name.text.endswith((".yaml", ".yml")) or name.text.startswith(("/", "./", "../", "~")):
+            return read_yaml(beside / Path(name.text).expanduser(), set_by, problems, shown_as=name.text)
+        path = self.find(kind, name.text)
+        if path is None:
+            known = self.names(kind)
+            hint = did_you_mean(name.text.replace(":", "-"), known) or f"; known here: {listed(known)}"
+            problems.append(Problem(name.where, key, f"{quoted(name.text)} is not in configs/{kind}{hint}"))
+            return None
+        return read_yaml(path, set_by, problems, shown_as=self.shown(path))
+
+    def gpus(self, problems: list[Problem]) -> Mapping[str, Node]:
+        """All entries of the gpus.yaml files, the first file winning by name."""
+        entries: dict[str, Node] = {}
+        for folder in reversed(self.folders):
+            path = folder / "gpus.yaml"
+            if path.is_file():
+                node = read_yaml(path, "gpus", problems, shown_as=self.shown(path))
+                entries.update(node.entries if node else {})
+        return entries
+
+    def shown(self, path: Path) -> str:
+        """A path as messages show it: short, where it is a packaged file."""
+        for folder in self.folders:
+            if path.is_relative_to(folder) and folder.name == "configs":
+                return str(Path("configs") / path.relative_to(folder))
+        return str(path)
+
+
+def packaged_configs() -> Path:
+    """The folder of the configs that ship with cpm-cluster: inside the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def default_catalogue(working_folder: Path, config_home: Path) -> Catalogue:
+    """./configs, then ~/.config/cpm-cluster, then what ships with the package."""
+    return Catalogue((working_folder / "configs", config_home / "cpm-cluster", packaged_configs()))

@@ -1,0 +1,245 @@
+"""The job file: what a person asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpm_cluster.specs.cluster import ABSOLUTE_PATH, NODE_LIST, RUNTIMES, SLURM_NAME, Cluster
+from cpm_cluster.specs.fields import (
+    DURATION,
+    Boolean,
+    Choice,
+    Integer,
+    ListOf,
+    MapOf,
+    Number,
+    Reading,
+    Schema,
+    Section,
+    Text,
+    key,
+)
+from cpm_cluster.specs.gpu import Gpu
+from cpm_cluster.specs.image import ENV_NAME, Image
+from cpm_cluster.specs.model import LORA_TARGETS, Model
+from cpm_cluster.specs.nodes import MapNode, Node, ScalarNode, kind
+from cpm_cluster.specs.problems import Location
+from cpm_cluster.specs.profile import Resources
+
+ENGINES = ("bmtrain", "torch", "deepspeed", "command")
+CONFIG_NAME = Text(r"[A-Za-z0-9./~][A-Za-z0-9._:/~+-]*", "a name in configs, or the path of a .yaml file")
+DATA_SOURCE = Text(r"[^\s-].*", "a path, or builtin:python-reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters on a frozen model (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = key(Integer(1, 100_000), "rank r of the adapters", 8)
+    alpha: float = key(Number(above_minimum=True), "scale: the adapter's output is multiplied by alpha / rank", 16.0)
+    dropout: float = key(Number(0, 0.99), "dropout before the adapters", 0.0)
+    targets: tuple[str, ...] = key(
+        ListOf(Choice(LORA_TARGETS), minimum=1), "layers that get an adapter", ("project_q", "project_v")
+    )
+
+
+@dataclass(frozen=True)
+class MethodField:
+    """`full`, `lora`, or `{lora: {rank: …}}`; read as a Lora, or None for full tuning."""
+
+    def read(self, node: Node, path: str, reading: Reading) -> Lora | None:
+        if isinstance(node, ScalarNode) and not node.is_null:
+            return Lora() if Choice(("full", "lora")).read(node, path, reading) == "lora" else None
+        if isinstance(node, MapNode) and list(node.entries) == ["lora"]:
+            lora: Lora = Section(Lora).read(node.entries["lora"], f"{path}.lora", reading)
+            return lora
+        given = f"the keys {', '.join(node.entries)}" if isinstance(node, MapNode) else kind(node)
+        raise reading.refuse(node.where, path, f"is {given}; write full, lora, or {{lora: {{rank: 64, alpha: 64}}}}")
+
+    def schema(self) -> Schema:
+        adapters = {"type": "object", "properties": {"lora": Section(Lora).schema()}, "required": ["lora"]}
+        return {"anyOf": [{"enum": ["full", "lora"]}, adapters | {"additionalProperties": False}]}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The name of a config, the path of one, or a mapping: the whole thing, or `{base: NAME, changed: keys}`.
+
+    Read as it stands; specs/compose.py looks it up.
+    """
+
+    spec: type[Any]
+
+    def read(self, node: Node, path: str, reading: Reading) -> Node:
+        if isinstance(node, MapNode):
+            known = MapNode(
+                {k: v for k, v in node.entries.items() if k != "base"}, node.where, node.set_by, node.key_where
+            )
+            Section(self.spec).values(known, path, reading)
+            if "base" in node.entries:
+                CONFIG_NAME.read(node.entries["base"], f"{path}.base", reading)
+        else:
+            CONFIG_NAME.read(node, path, reading)
+        return node
+
+    def schema(self) -> Schema:
+        inline = Section(self.spec).schema()
+        inline["properties"] = {"base": CONFIG_NAME.schema()} | inline["properties"]
+        del inline["required"]
+        return {"anyOf": [CONFIG_NAME.schema(), inline]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """When to save, and how many to keep."""
+
+    every: int = key(Integer(1), "steps between checkpoints", 200)
+    keep: int = key(Integer(1, 10_000), "newest checkpoints that are kept", 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Hyper-parameters; batch of one step = ranks × micro_batch × grad_accum sequences."""
+
+    seq_len: int = key(Integer(1, 1 << 24), "tokens in a packed sequence", 2048)
+    micro_batch: int = key(Integer(1, 1 << 20), "sequences per rank and forward pass", 1)
+    grad_accum: int = key(Integer(1, 1 << 20), "gradient accumulation: micro batches per optimizer step", 1)
+    steps: int = key(Integer(1), "optimizer steps", 1000)
+    lr: float = key(Number(above_minimum=True, maximum=100), "peak learning rate", 1e-5)
+    min_lr_ratio: float = key(Number(0, 1), "floor of the decay, as a part of lr", 0.1)
+    schedule: str = key(Choice(("cosine", "wsd", "linear", "noam", "constant")), "learning-rate schedule", "cosine")
+    warmup_steps: int = key(Integer(), "steps of linear warm-up", 0)
+    weight_decay: float = key(Number(0, 10), "decoupled weight decay of AdamW", 0.1)
+    betas: tuple[float, float] = key(ListOf(Number(0, 0.999999999), minimum=2), "betas of AdamW", (0.9, 0.95))
+    eps: float = key(Number(above_minimum=True, maximum=1), "epsilon of AdamW", 1e-8)
+    clip_grad_norm: float = key(Number(), "clip the global gradient norm to this; 0 = no clipping", 1.0)
+    precision: str = key(Choice(("fp32", "bf16", "fp16")), "compute precision", "bf16")
+    recompute: str = key(Choice(("none", "full")), "activation checkpointing", "none")
+    attention: str = key(Choice(("auto", "flash", "sdpa", "math")), "attention kernel; auto: the best there is", "auto")
+    zero_stage: int = key(Integer(0, 3), "what is sharded: 0 nothing (DDP), 1 states, 2 + gradients, 3 + weights", 3)
+    offload_optimizer: bool = key(Boolean(), "optimizer states and step on the CPU", False)
+    log_every: int = key(Integer(1), "steps between logged metrics", 1)
+    eval_every: int = key(Integer(0), "steps between evaluations; 0 = none", 0)
+    checkpoint: Checkpointing = key(Section(Checkpointing), "saving", factory=Checkpointing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """jsonl files of {input, output} rows."""
+
+    train: tuple[str, ...] = key(ListOf(DATA_SOURCE, minimum=1, or_one=True), "training data")
+    eval: tuple[str, ...] = key(ListOf(DATA_SOURCE, or_one=True), "evaluation data", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Text generated before the first and after the last step."""
+
+    prompts: tuple[str, ...] = key(ListOf(Text(multiline=True)), "what to continue", ())
+    max_tokens: int = key(Integer(1, 100_000), "tokens to generate", 64)
+    temperature: float = key(Number(0, 100), "0 = greedy", 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """What only Slurm needs to know."""
+
+    partition: str | None = key(SLURM_NAME, "partition; default: the cluster's", None)
+    nodelist: str | None = key(NODE_LIST, "run on these nodes; left out: Slurm chooses", None)
+    exclude: str | None = key(NODE_LIST, "never on these nodes", None)
+    account: str | None = key(SLURM_NAME, "account to charge", None)
+    qos: str | None = key(SLURM_NAME, "quality of service", None)
+    reservation: str | None = key(SLURM_NAME, "reservation", None)
+    constraint: str | None = key(Text(r"[A-Za-z0-9_.&|*\[\]()-]+", "node features"), "node features", None)
+    extra: dict[str, str] = key(
+        MapOf(
+            Text(r"[A-Za-z0-9_.,:/@%=+\[\]-]*", "text without spaces or quotes"),
+            r"[a-z][a-z-]*",
+            "a long sbatch option",
+        ),
+        "further sbatch options, without the dashes: {comment: x}",
+        factory=dict,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """How the container is set up."""
+
+    ipc: str = key(Choice(("private", "host")), "host: the node's /dev/shm, whose size is the node's", "private")
+    workdir: str | None = key(ABSOLUTE_PATH, "working directory inside; default: the snapshot of your code", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec:
+    """What the user asked for, fully composed: job ← profile ← cluster defaults ← --set.
+
+    `model`, `image`, `cluster`, `gpu` are looked up; `origins` says for each dotted key who set it and where.
+    """
+
+    name: str = key(
+        Text(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a name of letters, digits, . _ - (at most 64)"),
+        "name of the job and of its runs",
+    )
+    description: str = key(Text(multiline=True), "what it is, for people", "")
+    model: Model | None = key(Reference(Model), "model: a name in configs/models, a path, or a mapping", None)
+    method: Lora | None = key(MethodField(), "full, lora, or {lora: {rank: …}}", None)
+    init_from: str | None = key(
+        Text(r"[^\s-].*", "a path"), "weights to start from (CPM-9G .pt); left out: random", None
+    )
+    tokenizer: str = key(Text(r"[^\s-].*", "bytes, a name in configs/tokenizers, or a path"), "tokenizer", "bytes")
+    profile: str | None = key(CONFIG_NAME, "resource profile", None)
+    resources: Resources = key(Section(Resources), "resources; what is left out comes from the profile")
+    cluster: Cluster = key(CONFIG_NAME, "cluster; left out: detected", None)
+    image: Image | None = key(Reference(Image), "container image", None)
+    runtime: str | None = key(
+        Choice(RUNTIMES), "container runtime; left out: the first of the cluster's that fits", None
+    )
+    engine: str = key(Choice(ENGINES), "bmtrain, torch, deepspeed, or command (any program)", "torch")
+    command: tuple[str, ...] = key(
+        ListOf(Text(multiline=True), minimum=1), "engine command: program and arguments, a list, never a shell line", ()
+    )
+    code: str | None = key(
+        Text(r"[^\s-].*", "the path of a folder"),
+        "folder that is copied into the run and is the working directory; default: the git checkout of the job file,"
+        " or the job file's folder",
+        None,
+    )
+    data: Data | None = key(Section(Data), "what to train on", None)
+    training: Training = key(Section(Training), "hyper-parameters", factory=Training)
+    samples: Samples = key(Section(Samples), "generated samples", factory=Samples)
+    seed: int = key(Integer(0, 2**63 - 1), "seed of everything random", 1234)
+    deterministic: bool = key(Boolean(), "bit-identical repeats, at some cost in speed", False)
+    time_limit_s: int | None = key(DURATION, "time limit; default: the profile's or cluster's", None)
+    mounts: dict[str, str] = key(
+        MapOf(ABSOLUTE_PATH, r"[/~].*", "an absolute host path"),
+        "host path: container path, with :ro to protect",
+        factory=dict,
+    )
+    env: dict[str, str] = key(MapOf(Text(), ENV_NAME, "a variable name"), "environment of the training", factory=dict)
+    secrets: tuple[str, ...] = key(
+        ListOf(Text(ENV_NAME, "a variable name")),
+        "names of variables that stay out of the record; values: ~/.config/cpm-cluster/secrets.env (mode 0600)",
+        (),
+    )
+    slurm: Slurm = key(Section(Slurm), "Slurm only", factory=Slurm)
+    container: Container = key(Section(Container), "container set-up", factory=Container)
+    signal_lead_s: int | None = key(DURATION, "warning before the time limit; default: the cluster's", None)
+
+    gpu: Gpu | None = None
+    model_name: str | None = None
+    cluster_name: str = "local"
+    origins: dict[str, Origin] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who set a value: default, computed, image, cluster, profile, job or --set; and where."""
+
+    set_by: str
+    where: Location | None = None
+
+    def __str__(self) -> str:
+        return f"{self.set_by} ({self.where})" if self.where and self.where.line else self.set_by

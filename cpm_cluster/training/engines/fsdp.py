@@ -1,0 +1,53 @@
+"""FSDP2: shard a model's parameters over the ranks, and move tensors between whole and sharded.
+
+Imports happen inside the functions, because torch older than 2.6 has no ``fully_shard`` and needs none for
+DDP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.model import CPM
+
+
+def shard_model(model: CPM, device: torch.device, compute_type: torch.dtype | None) -> None:
+    """Shard each decoder layer, then the rest, in place; parameters and reductions stay fp32.
+
+    Raises UserError where torch has no FSDP2.
+    """
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    except ImportError as error:
+        raise UserError(f'parallel "fsdp" needs torch 2.6 or newer, this is {torch.__version__}; use "ddp"') from error
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=compute_type, reduce_dtype=torch.float32)
+    for layer in model.encoder.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor (collective), and any other tensor as it is."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    full: Tensor = tensor if gather is None else gather()
+    return full
+
+
+def shard_like(full: Tensor, reference: Tensor) -> Tensor:
+    """Return ``full`` on the reference's device, sharded as the reference is (no communication)."""
+    full = full.to(reference.device)
+    mesh: Any = getattr(reference, "device_mesh", None)
+    if mesh is None:
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    placements: Any = reference.placements  # type: ignore[attr-defined]
+    sharded: Tensor = distribute_tensor(full, mesh, placements)
+    return sharded

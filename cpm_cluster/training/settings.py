@@ -1,0 +1,115 @@
+"""``trainer.json`` as frozen dataclasses. Units: lengths in tokens, rates per optimizer step."""
+
+# The annotations are evaluated when a file is read, on Python 3.8 too: no `tuple[...]`, no `X | None`.
+# ruff: noqa: UP006, UP045
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional, Tuple, Union
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The dimensions of a CPM-9G style decoder; the fields are those of ``configs/models``."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True)
+class FullTuning:
+    """Every weight is trained."""
+
+    kind: Literal["full"]
+
+
+@dataclass(frozen=True)
+class LoraTuning:
+    """Low-rank updates of the target layers are trained, scaled by ``alpha / rank``; the base is frozen."""
+
+    kind: Literal["lora"]
+    rank: int
+    alpha: float
+    dropout: float
+    targets: Tuple[str, ...]
+
+
+MethodSettings = Union[FullTuning, LoraTuning]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Paths of jsonl files, or names of built-in corpora."""
+
+    train: Tuple[str, ...]
+    eval: Tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """A checkpoint every ``every`` steps, of which the ``keep`` newest stay."""
+
+    every: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The optimisation: ``micro_batch`` rows of ``seq_len`` tokens, ``grad_accum`` times a rank and step."""
+
+    seq_len: int
+    micro_batch: int
+    grad_accum: int
+    steps: int
+    lr: float
+    min_lr_ratio: float
+    schedule: Literal["cosine", "wsd", "linear", "noam", "constant"]
+    warmup_steps: int
+    weight_decay: float
+    betas: Tuple[float, float]
+    eps: float
+    clip_grad_norm: float
+    precision: Literal["fp32", "bf16", "fp16"]
+    recompute: Literal["none", "full"]
+    log_every: int
+    eval_every: int
+    checkpoint: CheckpointSettings
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Texts to continue before the first and after the last step, each as written, after ``<s>``."""
+
+    prompts: Tuple[str, ...]
+    max_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of ``trainer.json``."""
+
+    format: Literal[1]
+    output_dir: str
+    expected_world_size: int
+    seed: int
+    deterministic: bool
+    engine: str
+    parallel: Literal["ddp", "fsdp"]
+    model: ModelSettings
+    init_from: Optional[str]
+    tokenizer: str
+    method: MethodSettings
+    data: DataSettings
+    training: TrainingSettings
+    samples: SampleSettings
