@@ -1,0 +1,34 @@
+"""Schedulers, one module each, named as the cluster file names them; each has a class `Scheduler`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Protocol
+
+from cpm_cluster.runs.run import Run, Submission
+
+
+class SchedulerError(Exception):
+    """The scheduler is not there, or refuses; the message says why and what to do."""
+
+
+class Scheduler(Protocol):
+    """What submits, watches and cancels runs."""
+
+    def require(self) -> None:
+        """Raise SchedulerError where this machine cannot submit."""
+
+    def submit(self, run: Run) -> Submission:
+        """Hand a run over; raises SchedulerError when it is refused."""
+
+    def is_alive(self, run: Run, submission: Submission) -> bool:
+        """Whether the scheduler still holds the job, waiting or running."""
+
+    def cancel(self, run: Run, submission: Submission) -> None:
+        """End the job and everything it started; returns when that is done."""
+
+
+def open_scheduler(name: str) -> Scheduler:
+    """The scheduler that a cluster file names."""
+    scheduler: Scheduler = import_module(f"{__name__}.{name}").Scheduler()
+    return scheduler

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cpm_cluster.specs.nodes import MapNode, Node, ScalarNode, read_yaml
-from cpm_cluster.specs.problems import Problem, did_you_mean, listed, quoted
+from cpm_cluster.specs.problems import Problem, did_you_mean, listed, quoted, shortened
 
 SUFFIX = {"tokenizers": ".txt"}
 
@@ -24,7 +25,7 @@ class Catalogue:
         if "/" in stem:
             return None
         candidates = (folder / kind / (stem + SUFFIX.get(kind, ".yaml")) for folder in self.folders)
-        return next((path for path in candidates if path.is_file()), None)
+        return next((path for path in candidates if os.path.isfile(path)), None)  # Path.is_file raises on long names
 
     def names(self, kind: str) -> list[str]:
         suffix = SUFFIX.get(kind, ".yaml")
@@ -34,14 +35,18 @@ class Catalogue:
         """The config that a job file names, or the path that it gives (relative to `beside`)."""
         set_by = kind.removesuffix("s")
         if name.text.endswith((".yaml", ".yml")) or name.text.startswith(("/", "./", "../", "~")):
-            return read_yaml(beside / Path(name.text).expanduser(), set_by, problems, shown_as=name.text)
-        path = self.find(kind, name.text)
-        if path is None:
+            path = Path(os.path.normpath(beside / os.path.expanduser(name.text)))
+            if os.path.isfile(path):
+                return read_yaml(path, set_by, problems)
+            problems.append(Problem(name.where, key, f"there is no file {shortened(str(path), 200)}"))
+            return None
+        found = self.find(kind, name.text)
+        if found is None:
             known = self.names(kind)
             hint = did_you_mean(name.text.replace(":", "-"), known) or f"; known here: {listed(known)}"
             problems.append(Problem(name.where, key, f"{quoted(name.text)} is not in configs/{kind}{hint}"))
             return None
-        return read_yaml(path, set_by, problems, shown_as=self.shown(path))
+        return read_yaml(found, set_by, problems, shown_as=self.shown(found))
 
     def gpus(self, problems: list[Problem]) -> Mapping[str, Node]:
         """All entries of the gpus.yaml files, the first file winning by name."""
@@ -62,10 +67,20 @@ class Catalogue:
 
 
 def packaged_configs() -> Path:
-    """The folder of the configs that ship with cpm-cluster: inside the package, or beside it in a checkout."""
+    """The folder of the configs that ship with cpm-cluster."""
+    return _packaged("configs")
+
+
+def packaged_jobs() -> Path:
+    """The folder of the job files that ship with cpm-cluster."""
+    return _packaged("jobs")
+
+
+def _packaged(name: str) -> Path:
+    """A data folder: inside an installed package, beside the package in a checkout."""
     package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def default_catalogue(working_folder: Path, config_home: Path) -> Catalogue:

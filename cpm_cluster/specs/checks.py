@@ -2,46 +2,78 @@
 
 from __future__ import annotations
 
+import os
+import posixpath
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import PurePosixPath
 
+from cpm_cluster.specs.fields import Reading
 from cpm_cluster.specs.job import JobSpec
-from cpm_cluster.specs.nccl import lint_environment
-from cpm_cluster.specs.nodes import MapNode, Node
+from cpm_cluster.specs.nodes import ListNode, MapNode, Node
 from cpm_cluster.specs.problems import Location, Problem, did_you_mean, listed, quoted
 from cpm_cluster.specs.values import format_duration, format_size
 
+HIDDEN_BY_MOUNTS = frozenset(
+    "/ /bin /boot /dev /dev/shm /etc /lib /lib32 /lib64 /opt /proc /run /sbin /sys /usr /usr/bin /usr/lib /var".split()
+)
 CONTAINER_RUNTIMES = ("docker-rootless", "docker", "podman", "pyxis")
 ROOTLESS_HOST_NETWORK_SINCE = (29, 5)  # moby#47103
 OWN_ENVIRONMENT = frozenset(
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK NODE_RANK MASTER_ADDR MASTER_PORT "
     "CUDA_VISIBLE_DEVICES PYTHONPATH".split()
 )
-OWN_SBATCH_OPTIONS = frozenset(
-    "job-name partition nodelist exclude account qos reservation constraint nodes ntasks ntasks-per-node "
-    "cpus-per-task gres gpus gpus-per-node gpus-per-task mem mem-per-cpu exclusive requeue no-requeue open-mode signal "
-    "output error time export array wrap parsable chdir test-only wait dependency".split()
-)
+OWN_SBATCH_OPTIONS = {  # and the key of the job file that means it, where there is one
+    "job-name": "name",
+    "time": "time_limit",
+    "signal": "signal_lead",
+    "nodes": "resources.nodes",
+    "mem": "resources.memory_per_node",
+    "cpus-per-task": "resources.cpus_per_node",
+    "ntasks-per-node": "resources.processes_per_node",
+    **dict.fromkeys(("gres", "gpus", "gpus-per-node", "gpus-per-task"), "resources.gpus_per_node"),
+    **{name: f"slurm.{name}" for name in "partition nodelist exclude account qos reservation constraint".split()},
+    **dict.fromkeys(
+        "ntasks mem-per-cpu exclusive requeue no-requeue open-mode output error export array wrap parsable chdir"
+        " test-only wait dependency".split(),
+        "",
+    ),
+}
 
 Finding = tuple[str, str]  # (dotted key, what is wrong)
+Check = Callable[[JobSpec], Iterator[Finding]]
+_CHECKS: list[tuple[Check, tuple[str, ...]]] = []
 
 
-def check_job(spec: JobSpec, tree: MapNode, problems: list[Problem]) -> JobSpec:
-    """The job with its warnings; what cannot work is added to `problems`."""
-    for check in CHECKS:
-        for path, what in check(spec):
-            problems.append(Problem(_where(tree, path), path, what))
-    return replace(spec, warnings=spec.warnings + tuple(lint_environment(spec)))
+def check_job(spec: JobSpec, tree: MapNode, reading: Reading) -> None:
+    """Notes what cannot work. Where a key could not be read, the checks that read it have nothing to say."""
+    unread = frozenset(key for _, keys in _CHECKS for key in keys if reading.is_unread(key))
+    for check, keys in _CHECKS:
+        if unread.isdisjoint(keys):
+            for path, what in check(spec):
+                reading.problems.append(Problem(_where(tree, path), path, what))
 
 
-def _where(tree: MapNode, path: str) -> Location:
-    """The place of a dotted key, or of the nearest thing above it that is written."""
-    node: Node = tree
-    for part in path.split("."):
-        if not isinstance(node, MapNode) or part not in node.entries:
-            break
-        node = node.entries[part]
+def _reads(*keys: str) -> Callable[[Check], Check]:
+    """Registers a check with the keys that it reads; mappings of which any part makes sense alone are not named."""
+
+    def register(check: Check) -> Check:
+        _CHECKS.append((check, keys))
+        return check
+
+    return register
+
+
+def _where(node: Node, path: str) -> Location:
+    """The place of a dotted key below `node`, or of the nearest thing above it that is written."""
+    if isinstance(node, MapNode):
+        for name, child in node.entries.items():
+            if path == name:
+                return child.where
+            if path.startswith((name + ".", name + "[")):
+                return _where(child, path[len(name) :].removeprefix("."))
+    if isinstance(node, ListNode) and (index := re.fullmatch(r"\[(\d+)\]", path)):
+        return node.items[int(index[1])].where
     return node.where
 
 
@@ -51,6 +83,7 @@ def version_tuple(version: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in digits if part)
 
 
+@_reads("engine", "command", "model", "data")
 def _engine_needs(spec: JobSpec) -> Iterator[Finding]:
     if spec.engine == "command":
         if not spec.command:
@@ -58,22 +91,28 @@ def _engine_needs(spec: JobSpec) -> Iterator[Finding]:
         return
     if spec.command:
         yield "command", f"belongs to engine command, not to {spec.engine}; remove it, or write engine: command"
-    if spec.model is None and "model" not in spec.origins and "model.base" not in spec.origins:
+    if spec.model is None:
         yield "model", f"is missing: engine {spec.engine} needs an architecture, a name in configs/models"
     if spec.data is None:
         yield "data", "is missing: write data: {train: path/to/rows.jsonl}"
 
 
+@_reads("resources", "cluster")
 def _resources_within_cluster(spec: JobSpec) -> Iterator[Finding]:
     asked, cluster = spec.resources, spec.cluster
-    if cluster.nodes is not None and asked.nodes > cluster.nodes:
+    if cluster.scheduler == "local" and asked.nodes > 1:
+        yield (
+            "resources.nodes",
+            f"{asked.nodes} nodes, but cluster {spec.cluster_name} is this machine alone;"
+            " name a Slurm cluster, or a smaller profile",
+        )
+    elif cluster.nodes is not None and asked.nodes > cluster.nodes:
         yield "resources.nodes", f"{asked.nodes} nodes, but {spec.cluster_name} has {cluster.nodes}"
     if cluster.gpus_per_node is not None and asked.gpus_per_node > cluster.gpus_per_node:
-        yield (
-            "resources.gpus_per_node",
-            f"{asked.gpus_per_node} GPUs per node, but a node of {spec.cluster_name} has {cluster.gpus_per_node};"
-            " use more nodes",
-        )
+        gpus, instead = f"a node of {spec.cluster_name} has {cluster.gpus_per_node}", "use more nodes"
+        if cluster.gpus_per_node == 0:
+            gpus, instead = f"{spec.cluster_name} has none", "name a cluster with GPUs, or a profile without"
+        yield "resources.gpus_per_node", f"{asked.gpus_per_node} GPUs per node, but {gpus}; {instead}"
     if cluster.cpus_per_node is not None and (asked.cpus_per_node or 0) > cluster.cpus_per_node:
         yield (
             "resources.cpus_per_node",
@@ -89,9 +128,14 @@ def _resources_within_cluster(spec: JobSpec) -> Iterator[Finding]:
     if asked.gpu and cluster.gpu and asked.gpu != cluster.gpu:
         yield "resources.gpu", f"{asked.gpu}, but the GPUs of {spec.cluster_name} are {cluster.gpu}"
     if asked.shm_bytes and asked.memory_per_node_bytes and asked.shm_bytes > asked.memory_per_node_bytes:
-        yield "resources.shm", "is larger than resources.memory_per_node, and its pages count in it (cgroup)"
+        yield (
+            "resources.shm",
+            f"{format_size(asked.shm_bytes)} is more than resources.memory_per_node"
+            f" ({format_size(asked.memory_per_node_bytes)}), of which /dev/shm is a part",
+        )
 
 
+@_reads("resources", "engine")
 def _ranks(spec: JobSpec) -> Iterator[Finding]:
     asked = spec.resources
     if asked.gpus_per_node and asked.processes_per_node not in (None, asked.gpus_per_node):
@@ -103,14 +147,13 @@ def _ranks(spec: JobSpec) -> Iterator[Finding]:
         yield "engine", f"{spec.engine} needs GPUs; on CPUs use engine: torch"
 
 
+@_reads("slurm.partition", "resources.nodes", "time_limit", "cluster")
 def _partition(spec: JobSpec) -> Iterator[Finding]:
     name, known = spec.slurm.partition, spec.cluster.partitions
-    if spec.cluster.scheduler != "slurm":
-        return
+    if spec.cluster.scheduler != "slurm" or not known:
+        return  # Slurm has a default partition of its own
     if name is None:
-        yield "slurm.partition", f"is missing: {spec.cluster_name} has no default partition; write {listed(known)}"
-        return
-    if not known:
+        yield "slurm.partition", f"is missing; write one of {spec.cluster_name}'s: {listed(known)}"
         return
     if name not in known:
         yield (
@@ -119,8 +162,12 @@ def _partition(spec: JobSpec) -> Iterator[Finding]:
         )
         return
     partition = known[name]
-    if partition.nodes is not None and spec.resources.nodes > partition.nodes:
-        yield "resources.nodes", f"{spec.resources.nodes} nodes, but partition {name} has {partition.nodes}"
+    cluster_nodes = spec.cluster.nodes or spec.resources.nodes  # above these, the cluster has the word
+    if partition.nodes is not None and partition.nodes < spec.resources.nodes <= cluster_nodes:
+        yield (
+            "resources.nodes",
+            f"{spec.resources.nodes} nodes, but partition {name} has {partition.nodes}; ask for fewer, or name another",
+        )
     if partition.max_time_s is not None and (spec.time_limit_s or 0) > partition.max_time_s:
         yield (
             "time_limit",
@@ -129,6 +176,7 @@ def _partition(spec: JobSpec) -> Iterator[Finding]:
         )
 
 
+@_reads("time_limit", "signal_lead", "cluster")
 def _time(spec: JobSpec) -> Iterator[Finding]:
     if spec.time_limit_s is None:
         if spec.cluster.scheduler == "slurm":
@@ -141,10 +189,12 @@ def _time(spec: JobSpec) -> Iterator[Finding]:
         yield (
             "time_limit",
             f"{format_duration(spec.time_limit_s)} is not longer than the warning before it"
-            f" (signal_lead, {format_duration(lead)}): the job would be asked to stop at its start",
+            f" (signal_lead, {format_duration(lead)}): the job would be asked to stop at its start;"
+            " lengthen the one or shorten the other",
         )
 
 
+@_reads("slurm.nodelist", "resources.nodes")
 def _node_list(spec: JobSpec) -> Iterator[Finding]:
     if spec.slurm.nodelist and (count := count_nodes(spec.slurm.nodelist)) > spec.resources.nodes:
         yield (
@@ -156,71 +206,80 @@ def _node_list(spec: JobSpec) -> Iterator[Finding]:
 
 def count_nodes(nodelist: str) -> int:
     """Nodes in a Slurm host list such as `g2001` or `g[2001-2004,2007],h1`."""
-    count, inside = 0, False
-    for part in nodelist.replace("[", "[,").replace("]", ",]").split(","):
-        if part.endswith("["):
-            inside = True
-        elif part == "]" or (inside and part.startswith("]")):
-            inside = False
-        elif inside and "-" in part:
+    count = 0
+    for ranges in re.findall(r"[^,\[]+(?:\[([^\]]*)\])?", nodelist):
+        for part in ranges.split(","):
             first, _, last = part.partition("-")
-            count += max(0, int(last or 0) - int(first or 0) + 1)
-        elif part:
-            count += 1
+            count += max(0, int(last) - int(first)) + 1 if last else 1
     return count
 
 
+@_reads("training", "engine", "resources")
 def _gpu_features(spec: JobSpec) -> Iterator[Finding]:
     gpu, training = spec.gpu, spec.training
-    if gpu is None:
+    if gpu is None or not spec.resources.gpus_per_node or spec.engine == "command":
         return
     if training.precision == "bf16" and not gpu.has_bf16:
-        yield "training.precision", f"bf16 needs an Ampere GPU or newer (sm_80); {gpu.product} is sm_{gpu.sm}: use fp16"
+        bf16 = "bf16" if "training.precision" in spec.origins else "bf16 (the default)"
+        yield (
+            "training.precision",
+            f"{bf16} needs an Ampere GPU or newer (sm_80); {gpu.product} is sm_{gpu.sm}: write fp16",
+        )
     if training.attention == "flash" and gpu.sm < 80:
         yield (
             "training.attention",
-            f"flash-attention 2 needs an Ampere GPU or newer (sm_80); {gpu.product} is sm_{gpu.sm}: use sdpa",
+            f"flash-attention 2 needs an Ampere GPU or newer (sm_80); {gpu.product} is sm_{gpu.sm}: write sdpa",
         )
 
 
+@_reads("image", "engine", "training", "resources", "cluster")
 def _image_fits(spec: JobSpec) -> Iterator[Finding]:
     image, gpu = spec.image, spec.gpu
     if image is None:
         return
     if gpu and image.gpu and image.sm and spec.resources.gpus_per_node and not image.runs_on(gpu.sm):
         codes = ", ".join(f"sm_{code}" for code in image.sm)
+        cuda = f" (CUDA {image.cuda})" if image.cuda else ""
         yield (
             "image",
-            f"{image.tag} (CUDA {image.cuda}) has no code for {gpu.product} (sm_{gpu.sm}), only {codes};"
-            " use a newer image",
+            f"{image.tag}{cuda} has no code for {gpu.product} (sm_{gpu.sm}), only for {codes}; name another image",
         )
     if spec.engine == "bmtrain" and image.bmtrain is None:
-        yield "engine", f"bmtrain is not in {image.tag}"
+        yield "engine", f"bmtrain is not in {image.tag}; write torch, or name an image that has it"
     if spec.engine == "deepspeed" and image.deepspeed is None:
-        yield "engine", f"deepspeed is not in {image.tag}"
+        yield "engine", f"deepspeed is not in {image.tag}; write torch, or name an image that has it"
     if spec.engine == "bmtrain" and spec.training.precision == "bf16" and version_tuple(image.bmtrain)[:1] == (0,):
-        yield "training.precision", f"BMTrain {image.bmtrain} in {image.tag} knows fp16 only (bf16 since 1.0): use fp16"
-    if spec.training.attention == "flash" and image.flash_attn is None:
-        yield "training.attention", f"flash-attn is not in {image.tag}"
+        yield (
+            "training.precision",
+            f"BMTrain {image.bmtrain} in {image.tag} knows fp16 only (bf16 since 1.0): write fp16",
+        )
+    on_old_gpu = gpu is not None and gpu.sm < 80  # has been said
+    if spec.engine != "command" and spec.training.attention == "flash" and not image.flash_attn and not on_old_gpu:
+        yield "training.attention", f"flash-attn is not in {image.tag}; write sdpa, or auto: the best there is"
     needed, have = version_tuple(image.min_driver), version_tuple(spec.cluster.driver)
     if needed and have and have < needed and spec.resources.gpus_per_node:
         yield (
             "image",
             f"{image.tag} needs NVIDIA driver {image.min_driver} or newer; {spec.cluster_name} has"
-            f" {spec.cluster.driver}",
+            f" {spec.cluster.driver}: name an older image",
         )
 
 
+@_reads("runtime", "image", "resources", "cluster")
 def _runtime(spec: JobSpec) -> Iterator[Finding]:
-    offered = spec.cluster.runtimes
-    if spec.runtime is not None and spec.runtime not in offered:
-        yield "runtime", f"{spec.runtime} is not offered by {spec.cluster_name}, which has {listed(offered)}"
-        return
-    usable = [name for name in ([spec.runtime] if spec.runtime else offered) if runtime_obstacle(spec, name) is None]
-    if not usable:
-        reasons = "; ".join(f"{n}: {runtime_obstacle(spec, n)}" for n in ([spec.runtime] if spec.runtime else offered))
-        others = [n for n in offered if runtime_obstacle(spec, n) is None]
-        yield "runtime", f"{reasons}; {spec.cluster_name} offers for this job: {listed(others)}"
+    offered, asked = spec.cluster.runtimes, spec.runtime
+    fitting = [name for name in offered if runtime_obstacle(spec, name) is None]
+    if asked is not None and asked not in offered:
+        yield "runtime", f"{asked} is not offered by {spec.cluster_name}, which has {listed(offered)}"
+    elif asked is not None and asked not in fitting:
+        others = f"write {listed(fitting)}" if fitting else f"no other runtime of {spec.cluster_name} can run it either"
+        yield "runtime", f"{asked} cannot run this job: it {runtime_obstacle(spec, asked)}; {others}"
+    elif spec.image is None and not fitting and all(name in CONTAINER_RUNTIMES for name in offered):
+        what = f"is missing: {spec.cluster_name} runs jobs in containers ({listed(offered)})"
+        yield "image", f"{what}; name one in configs/images"
+    elif not fitting:
+        reasons = "; ".join(f"{name} {runtime_obstacle(spec, name)}" for name in offered)
+        yield "runtime", f"no runtime of {spec.cluster_name} can run this job: {reasons}"
 
 
 def runtime_obstacle(spec: JobSpec, runtime: str) -> str | None:
@@ -233,75 +292,97 @@ def runtime_obstacle(spec: JobSpec, runtime: str) -> str | None:
     old_docker = version_tuple(version)[:2] < ROOTLESS_HOST_NETWORK_SINCE
     if runtime == "docker-rootless" and spec.resources.nodes > 1 and old_docker:
         return (
-            f"rootless Docker {version or '(version unknown)'} has no host network"
-            " (29.5 is the first, moby#47103), so ranks on several nodes cannot reach each other"
+            f"has no host network in Docker {version or 'before 29.5, which this may be'}"
+            " (29.5 is the first, moby#47103), so that ranks on several nodes cannot reach each other"
         )
     if runtime == "conda" and spec.cluster.runtimes[runtime].environment is None:
-        return "the cluster file names no environment"
+        return "has no environment in the cluster file"
     return None
 
 
+@_reads("container", "resources.shm")
 def _shared_memory(spec: JobSpec) -> Iterator[Finding]:
-    if spec.container.ipc == "host" and "resources.shm" in spec.origins:
+    shm = spec.resources.shm_bytes
+    if spec.container.ipc == "host" and shm is not None:
         yield (
             "container.ipc",
-            "host takes the node's /dev/shm, to which resources.shm does not apply; keep one of the two",
+            f"host takes the node's /dev/shm as it is, so that resources.shm ({format_size(shm)}, set by"
+            f" {spec.origins['resources.shm']}) has no effect; write ipc: private, or shm: null",
         )
 
 
+@_reads()
 def _mounts(spec: JobSpec) -> Iterator[Finding]:
-    targets: dict[str, str] = {}
+    places: dict[str, str] = {}
     for host, target in spec.mounts.items():
         path = f"mounts.{host}"
         inside, _, mode = target.partition(":")
+        place = posixpath.normpath("/" + inside.lstrip("/"))
         if mode not in ("", "ro", "rw"):
-            yield path, f"{quoted(target)} has the mode {quoted(mode)}; write :ro or nothing"
-        if any(c in host + inside for c in ',"\n\r\t:'):
-            yield path, "a path to mount may not hold a comma, a colon, a quote or a line break"
+            yield path, f"{quoted(target)} has the mode {quoted(mode)}; write :ro, or nothing"
+        if any(c in host + inside for c in ',":'):
+            yield path, "a path to mount may not hold a comma, a colon or a double quote"
         if ".." in PurePosixPath(host).parts or ".." in PurePosixPath(inside).parts:
             yield path, "a path to mount may not climb with '..'"
-        if str(PurePosixPath(inside)) in ("/", "/dev", "/dev/shm", "/proc", "/sys", "/usr", "/bin", "/lib", "/etc"):
-            yield path, f"would hide {inside} of the container"
-        if inside in targets:
-            yield path, f"{inside} is already the place of {targets[inside]}"
-        targets[inside] = host
+        elif place in HIDDEN_BY_MOUNTS:
+            yield path, f"would hide {place} of the container; mount it somewhere else, such as /mnt/name"
+        elif place in places:
+            yield path, f"{place} is already the place of {places[place]}; mount it somewhere else"
+        if host.startswith("~") and os.path.expanduser(host).startswith("~"):
+            yield path, f"there is no home folder {host.split('/')[0]}"
+        places[place] = host
 
 
+@_reads()
 def _environment(spec: JobSpec) -> Iterator[Finding]:
     for name in spec.env:
-        if name in OWN_ENVIRONMENT or name.startswith(("SLURM_", "SBATCH_", "CPM_")):
-            yield f"env.{name}", "is set by cpm-cluster for each rank; remove it"
+        if owner := _owner(name):
+            yield f"env.{name}", f"is set by {owner}; remove it"
         if name in spec.secrets:
-            yield f"env.{name}", "is also in secrets; a secret's value stays out of the job file"
-    for name in spec.secrets:
-        if name in OWN_ENVIRONMENT or name.startswith(("SLURM_", "CPM_")):
-            yield "secrets", f"{name} is set by cpm-cluster; remove it"
+            yield f"env.{name}", "is also in secrets, whose values stay out of the job file; remove it here"
+    for index, name in enumerate(spec.secrets):
+        if owner := _owner(name):
+            yield f"secrets[{index}]", f"{name} is set by {owner}; remove it"
 
 
+def _owner(variable: str) -> str | None:
+    """Who sets an environment variable that is not a job's to set."""
+    if variable.startswith(("SLURM_", "SBATCH_")):
+        return "Slurm"
+    own = variable in OWN_ENVIRONMENT or variable.startswith("CPM_")
+    return "cpm-cluster, for each rank" if own else None
+
+
+@_reads()
 def _slurm_extra(spec: JobSpec) -> Iterator[Finding]:
     for name in spec.slurm.extra:
         if name in OWN_SBATCH_OPTIONS:
-            yield f"slurm.extra.{name}", "is decided by cpm-cluster; use the key of the job file for it"
+            key = OWN_SBATCH_OPTIONS[name]
+            yield f"slurm.extra.{name}", f"is decided by cpm-cluster{f'; write {key}' if key else ''}"
 
 
+@_reads("model", "engine", "method")
 def _model_shape(spec: JobSpec) -> Iterator[Finding]:
     model = spec.model
     if model is None:
         return
     if model.head_dim is None and model.hidden % model.heads:
-        yield "model.heads", f"{model.heads} heads do not divide hidden {model.hidden}; set heads, or head_dim"
+        yield "model.heads", f"{model.heads} heads do not divide hidden {model.hidden}; change heads, or set head_dim"
+    elif model.size_of_head % 2:
+        yield "model.head_dim", f"{model.size_of_head} is odd; rotary embeddings turn pairs"
     if model.heads % model.key_value_heads:
         yield "model.kv_heads", f"{model.key_value_heads} key/value heads do not divide {model.heads} heads"
-    if model.size_of_head % 2:
-        yield "model.head_dim", f"{model.size_of_head} is odd; rotary embeddings turn pairs"
     if spec.engine in ("torch", "bmtrain") and model.block != "cpm9g":
         yield "model", f"its block layout is {model.block}; the trainer builds cpm9g: use engine: command for others"
     if spec.method and spec.method.rank > model.hidden:
         yield "method.lora.rank", f"{spec.method.rank} is more than the hidden size {model.hidden}"
 
 
+@_reads("training", "engine", "resources", "data")
 def _training(spec: JobSpec) -> Iterator[Finding]:
     training = spec.training
+    if spec.engine == "command":
+        return
     if len(training.betas) != 2:
         yield "training.betas", f"has {len(training.betas)} numbers; AdamW takes two"
     if training.warmup_steps > training.steps:
@@ -316,32 +397,3 @@ def _training(spec: JobSpec) -> Iterator[Finding]:
         yield "training.precision", "fp16 with a loss scale needs GPUs; on CPUs use bf16 or fp32"
     if training.eval_every and spec.data and not spec.data.eval:
         yield "data.eval", "is missing: training.eval_every asks for evaluations; name its data"
-
-
-def _local(spec: JobSpec) -> Iterator[Finding]:
-    if spec.cluster.scheduler == "local" and spec.resources.nodes > 1:
-        yield (
-            "resources.nodes",
-            f"{spec.resources.nodes} nodes, but cluster {spec.cluster_name} is this machine alone;"
-            " name a Slurm cluster, or a smaller profile",
-        )
-
-
-CHECKS: tuple[Callable[[JobSpec], Iterator[Finding]], ...] = (
-    _engine_needs,
-    _resources_within_cluster,
-    _ranks,
-    _partition,
-    _time,
-    _node_list,
-    _gpu_features,
-    _image_fits,
-    _runtime,
-    _shared_memory,
-    _mounts,
-    _environment,
-    _slurm_extra,
-    _model_shape,
-    _training,
-    _local,
-)

@@ -9,8 +9,9 @@ from cpm_cluster.specs.image import ENV_NAME, VERSION
 
 RUNTIMES = ("docker-rootless", "docker", "podman", "pyxis", "conda", "bare")
 SLURM_NAME = Text(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", "a Slurm name (letters, digits, _ . + -)", max_length=128)
+_NODES = r"[A-Za-z0-9_.-]+(\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\])?"
 NODE_LIST = Text(
-    r"[A-Za-z0-9_.-]+(\[[0-9,-]+\])?(,[A-Za-z0-9_.-]+(\[[0-9,-]+\])?)*",
+    rf"{_NODES}(,{_NODES})*",
     "node names as Slurm writes them, such as g2001 or g[2001-2008]",
 )
 ABSOLUTE_PATH = Text(r"/[^\n]*", "an absolute path")

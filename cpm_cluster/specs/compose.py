@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cpm_cluster.specs.catalogue import Catalogue
 from cpm_cluster.specs.checks import check_job
@@ -13,10 +15,21 @@ from cpm_cluster.specs.cluster import Cluster
 from cpm_cluster.specs.fields import Invalid, Reading, Section
 from cpm_cluster.specs.gpu import Gpu
 from cpm_cluster.specs.image import Image
-from cpm_cluster.specs.job import JobSpec, Origin
+from cpm_cluster.specs.job import CONFIG_NAME, JobSpec, Origin
 from cpm_cluster.specs.model import Model
-from cpm_cluster.specs.nodes import MapNode, Node, ScalarNode, leaves, merged, parse_value, read_yaml
-from cpm_cluster.specs.problems import Location, Problem, SpecError, did_you_mean, quoted
+from cpm_cluster.specs.nccl import lint_environment
+from cpm_cluster.specs.nodes import (
+    MAX_DEPTH,
+    MapNode,
+    Node,
+    ScalarNode,
+    leaves,
+    merged,
+    parse_value,
+    read_yaml,
+    written,
+)
+from cpm_cluster.specs.problems import Location, Problem, SpecError, did_you_mean, listed, quoted, shortened
 from cpm_cluster.specs.profile import Profile
 
 Spec = TypeVar("Spec")
@@ -46,13 +59,14 @@ def load_job(path: Path, overrides: Sequence[str], catalogue: Catalogue, detecte
 
 def parse_override(text: str, problems: list[Problem]) -> MapNode | None:
     """`a.b=c` as the mapping {a: {b: c}}; c is YAML."""
-    where = Location("--set " + text)
+    where = Location("--set " + shortened(text, 120))
     path, equals, value = text.partition("=")
-    if not equals or not path or not all(part.replace("_", "").replace("-", "").isalnum() for part in path.split(".")):
-        problems.append(Problem(where, "", "write --set key.subkey=value"))
+    parts = path.split(".")
+    if not equals or not all(re.fullmatch(r"[\w-]+", part) for part in parts) or len(parts) > MAX_DEPTH:
+        problems.append(Problem(where, "", "is not of the form key.subkey=value"))
         return None
-    node = parse_value(value.encode("utf-8", "surrogateescape"), where.file, "--set", problems)
-    for part in reversed(path.split(".")):
+    node = parse_value(value.encode("utf-8", "surrogatepass"), where.file, "--set", problems, path)
+    for part in reversed(parts):
         if node is not None:
             node = MapNode({part: node}, where, "--set", {part: where})
     return node if isinstance(node, MapNode) else None
@@ -63,9 +77,14 @@ def _expand_references(job: MapNode, override: MapNode) -> MapNode:
     entries = dict(job.entries)
     for name in ("model", "image"):
         below, above = entries.get(name), override.entries.get(name)
-        if isinstance(below, ScalarNode) and isinstance(above, MapNode) and "base" not in above.entries:
+        is_name = isinstance(below, ScalarNode) and not below.is_null
+        if below and is_name and isinstance(above, MapNode) and "base" not in above.entries:
             entries[name] = MapNode({"base": below}, below.where, below.set_by, {"base": below.where})
     return replace(job, entries=entries)
+
+
+# What a profile and a cluster bring along: where theirs cannot be read, nothing can be said of these.
+BROUGHT = {"profile": ("resources", "time_limit"), "cluster": ("time_limit", "signal_lead", "slurm.partition")}
 
 
 class _Composition:
@@ -74,9 +93,9 @@ class _Composition:
     def __init__(
         self, path: Path, job: MapNode, catalogue: Catalogue, detected_cluster: str, problems: list[Problem]
     ) -> None:
-        self.path, self.job, self.catalogue, self.problems = path, job, catalogue, problems
-        self.beside = path.absolute().parent
-        if "cluster" not in job.entries:
+        self.path, self.job, self.catalogue = path, job, catalogue
+        self.reading = Reading(problems, lenient=True)
+        if _is_left_out(job.entries.get("cluster")):
             detected = ScalarNode(detected_cluster, True, Location("detected"), "detected")
             self.job = replace(job, entries=job.entries | {"cluster": detected})
 
@@ -84,48 +103,49 @@ class _Composition:
         cluster_node, cluster = self._named("cluster", "clusters", Cluster)
         profile_node, profile = self._named("profile", "profiles", Profile)
         tree = merged(merged(self._cluster_defaults(cluster_node), self._profile_layer(profile_node)), self.job)
-        spec = self._read(tree)
-        model, image = self._reference("model", "models", Model, tree), self._reference("image", "images", Image, tree)
-        gpu = self._gpu(tree, cluster, cluster_node)
-        if spec is not None and cluster is not None:
-            spec = replace(
-                spec,
-                cluster=cluster,
-                model=model,
-                image=image,
-                gpu=gpu,
-                model_name=_scalar_text(self._base(tree.entries.get("model"))) or ("inline" if model else None),
-                cluster_name=_scalar_text(tree.entries.get("cluster")) or "",
-                origins={path: Origin(node.set_by, node.where) for path, node in leaves(tree)},
-                warnings=(profile.warning,) if profile and profile.warning else (),
-            )
-            spec = check_job(self._with_paths(spec), tree, self.problems)
-        if self.problems or spec is None:
-            raise SpecError(self.problems)
-        return spec
-
-    def _read(self, tree: MapNode) -> JobSpec | None:
-        try:
-            Section(JobSpec).values(self.job, "", Reading(self.problems, partial=True))
-        except Invalid:
-            pass
-        try:
-            spec: JobSpec = Section(JobSpec).read(tree, "", Reading(self.problems))
-        except Invalid:
-            return None
-        return spec
+        spec: JobSpec = Section(JobSpec).read(tree, "", self.reading)
+        model = self._reference("model", "models", Model, tree)
+        spec = replace(
+            spec,
+            cluster=cast(Cluster, cluster),  # None only where a problem is noted
+            model=model,
+            image=self._reference("image", "images", Image, tree),
+            gpu=self._gpu(tree, cluster_node),
+            tokenizer=self._tokenizer(spec.tokenizer, tree),
+            model_name=_scalar_text(_base(tree.entries.get("model"))) or ("inline" if model else None),
+            cluster_name=_scalar_text(tree.entries.get("cluster")) or "",
+            origins={path: Origin(node.set_by, node.where, written(node)) for path, node in leaves(tree)},
+        )
+        check_job(spec, tree, self.reading)
+        if self.reading.problems:
+            raise SpecError(self.reading.problems)
+        warnings = (profile.warning,) if profile and profile.warning else ()
+        return replace(self._with_paths(spec), warnings=(*warnings, *lint_environment(spec)))
 
     def _named(self, key: str, kind: str, spec: type[Spec]) -> tuple[MapNode | None, Spec | None]:
         """The config that the job names under `key`, as written and as read."""
         name = self.job.entries.get(key)
-        if not isinstance(name, ScalarNode) or name.is_null:
+        if name is None or _is_left_out(name):
             return None, None
-        node = self.catalogue.load(kind, name, key, self.beside, self.problems)
-        return node, self._section(node, spec) if node else None
+        node = self._load(kind, name, key)
+        read = self._section(node, spec) if node else None
+        if read is None:
+            self.reading.unread.update((key, *BROUGHT[key]))
+            return None, None
+        return node, read
+
+    def _load(self, kind: str, name: Node, key: str) -> MapNode | None:
+        """The file that a name or a path stands for."""
+        try:
+            CONFIG_NAME.read(name, key, self.reading)
+        except Invalid:
+            return None
+        assert isinstance(name, ScalarNode)
+        return self.catalogue.load(kind, name, key, self.path.parent, self.reading.problems)
 
     def _section(self, node: MapNode, spec: type[Spec], path: str = "") -> Spec | None:
         try:
-            read: Spec = Section(spec).read(node, path, Reading(self.problems))
+            read: Spec = Section(spec).read(node, path, Reading(self.reading.problems))
         except Invalid:
             return None
         return read
@@ -133,41 +153,41 @@ class _Composition:
     def _reference(self, key: str, kind: str, spec: type[Spec], tree: MapNode) -> Spec | None:
         """A model or an image: a name, a path, a mapping, or a mapping over a base."""
         node = tree.entries.get(key)
-        if node is None or (isinstance(node, ScalarNode) and node.is_null):
+        if node is None or _is_left_out(node):
             return None
-        base = self._base(node)
-        written: MapNode | None = None
-        if isinstance(base, ScalarNode):
-            written = self.catalogue.load(kind, base, key, self.beside, self.problems)
-            if written is None:
-                return None
-        if isinstance(node, MapNode):
-            changes = replace(node, entries={k: v for k, v in node.entries.items() if k != "base"})
-            if written is None:
-                return self._section(changes, spec, key)
-            written = merged(written, changes)
-        return self._section(written, spec) if written else None
+        read = self._over_base(node, kind, spec, key) if isinstance(node, MapNode) else None
+        if isinstance(node, ScalarNode) and (whole := self._load(kind, node, key)):
+            read = self._section(whole, spec)
+        if read is None:
+            self.reading.unread.add(key)
+        return read
 
-    @staticmethod
-    def _base(node: Node | None) -> Node | None:
-        return node.entries.get("base") if isinstance(node, MapNode) else node
+    def _over_base(self, node: MapNode, kind: str, spec: type[Spec], key: str) -> Spec | None:
+        changes = replace(node, entries={k: v for k, v in node.entries.items() if k != "base"})
+        if "base" not in node.entries:
+            return self._section(changes, spec, key)
+        base = self._load(kind, node.entries["base"], f"{key}.base")
+        if base is None or self._section(base, spec) is None:
+            return None
+        return self._section(merged(base, changes), spec, key)
 
-    def _gpu(self, tree: MapNode, cluster: Cluster | None, cluster_node: MapNode | None) -> Gpu | None:
+    def _gpu(self, tree: MapNode, cluster: MapNode | None) -> Gpu | None:
+        """The catalogue's entry for the GPU of the job, or of its cluster."""
         resources = tree.entries.get("resources")
-        node = resources.entries.get("gpu") if isinstance(resources, MapNode) else None
-        if node is None and cluster_node is not None:
-            node = cluster_node.entries.get("gpu")
+        key, node = "resources.gpu", resources.entries.get("gpu") if isinstance(resources, MapNode) else None
+        if _is_left_out(node):
+            key, node = "gpu", cluster.entries.get("gpu") if cluster else None
         if not isinstance(node, ScalarNode) or node.is_null:
             return None
-        known = self.catalogue.gpus(self.problems)
+        known = self.catalogue.gpus(self.reading.problems)
         entry = known.get(node.text)
-        if not isinstance(entry, MapNode):
-            hint = did_you_mean(node.text, known) or f"; known: {', '.join(known)}"
-            self.problems.append(
-                Problem(node.where, "resources.gpu", f"{quoted(node.text)} is not in configs/gpus.yaml{hint}")
-            )
-            return None
-        return self._section(entry, Gpu, node.text)
+        read = self._section(entry, Gpu, node.text) if isinstance(entry, MapNode) else None
+        if entry is None and not (key == "resources.gpu" and self.reading.is_unread(key)):
+            hint = did_you_mean(node.text, known) or f"; known: {listed(known)}"
+            self.reading.refuse(node.where, key, f"{quoted(node.text)} is not in configs/gpus.yaml{hint}")
+        if read is None:
+            self.reading.unread.add("resources.gpu")
+        return read
 
     @staticmethod
     def _cluster_defaults(cluster: MapNode | None) -> MapNode:
@@ -194,41 +214,42 @@ class _Composition:
     def _with_paths(self, spec: JobSpec) -> JobSpec:
         """Paths made absolute: a relative one starts at the job file's folder."""
         changes: dict[str, Any] = {
-            "mounts": {str(Path(host).expanduser()): target for host, target in spec.mounts.items()},
-            "tokenizer": self._tokenizer(spec.tokenizer),
+            "mounts": {os.path.expanduser(host): target for host, target in spec.mounts.items()},
         }
         if spec.data:
-            changes["data"] = replace(
-                spec.data, train=self._absolute(spec.data.train), eval=self._absolute(spec.data.eval)
-            )
+            train, eval_ = map(self._absolute, spec.data.train), map(self._absolute, spec.data.eval)
+            changes["data"] = replace(spec.data, train=tuple(train), eval=tuple(eval_))
         if spec.code:
-            changes["code"] = self._absolute((spec.code,))[0]
+            changes["code"] = self._absolute(spec.code)
         if spec.init_from:
-            changes["init_from"] = self._absolute((spec.init_from,))[0]
+            changes["init_from"] = self._absolute(spec.init_from)
         return replace(spec, **changes)
 
-    def _absolute(self, sources: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(
-            source if source.startswith("builtin:") else str(self.beside / Path(source).expanduser())
-            for source in sources
-        )
+    def _absolute(self, source: str) -> str:
+        if source.startswith("builtin:"):
+            return source
+        return str(self.path.absolute().parent / os.path.expanduser(source))
 
-    def _tokenizer(self, name: str) -> str:
+    def _tokenizer(self, name: str, tree: MapNode) -> str:
         if name == "bytes":
             return name
         found = self.catalogue.find("tokenizers", name)
         if found is None and "/" not in name and not name.endswith(".txt"):
             known = ["bytes", *self.catalogue.names("tokenizers")]
-            node = self.job.entries.get("tokenizer")
-            self.problems.append(
-                Problem(
-                    node.where if node else Location(str(self.path)),
-                    "tokenizer",
-                    f"{quoted(name)} is not in configs/tokenizers{did_you_mean(name, known)}; write {', '.join(known)}"
-                    " or the path of a vocab.txt",
-                )
+            hint = did_you_mean(name, known)
+            what = (
+                f"{quoted(name)} is not in configs/tokenizers{hint}; write {listed(known)}, or the path of a vocab.txt"
             )
-        return str(found or self._absolute((name,))[0])
+            self.reading.refuse(tree.entries["tokenizer"].where, "tokenizer", what)
+        return str(found or self._absolute(name))
+
+
+def _base(node: Node | None) -> Node | None:
+    return node.entries.get("base") if isinstance(node, MapNode) else node
+
+
+def _is_left_out(node: Node | None) -> bool:
+    return node is None or (isinstance(node, ScalarNode) and node.is_null)
 
 
 def _scalar_text(node: Node | None) -> str | None:

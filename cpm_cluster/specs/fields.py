@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cpm_cluster.specs.nodes import ListNode, MapNode, Node, ScalarNode, kind
-from cpm_cluster.specs.problems import Location, Problem, did_you_mean, listed, quoted
+from cpm_cluster.specs.problems import Location, Problem, did_you_mean, listed, nearest, quoted, shortened
 from cpm_cluster.specs.values import parse_duration, parse_size
 
 Schema = dict[str, Any]
@@ -25,14 +26,28 @@ class Invalid(Exception):
 
 @dataclass
 class Reading:
-    """What one pass over a file notes down. In a `partial` pass (one layer of several) required keys may be missing."""
+    """What one pass over a file notes down.
+
+    A `lenient` pass gives back what could be read (None for a required key that could not), so that checks can
+    go on; `unread` holds the keys of which nothing more can be said without repeating what is already noted.
+    """
 
     problems: list[Problem]
-    partial: bool = False
+    lenient: bool = False
+    unread: set[str] = dataclasses.field(default_factory=set)
 
     def refuse(self, where: Location, key: str, what: str) -> Invalid:
         self.problems.append(Problem(where, key, what))
+        self.unread.add(key)
         return Invalid()
+
+    def is_unread(self, key: str) -> bool:
+        """Whether a key, one above it or one below it could not be read."""
+        return any(_lies_in(key, other) or _lies_in(other, key) for other in self.unread)
+
+
+def _lies_in(key: str, section: str) -> bool:
+    return key == section or key.startswith((section + ".", section + "["))
 
 
 class FieldType(Protocol):
@@ -59,6 +74,11 @@ def _scalar(node: Node, path: str, reading: Reading, expected: str) -> ScalarNod
     return node
 
 
+def _refuse_quotes(scalar: ScalarNode, path: str, reading: Reading) -> None:
+    if not scalar.plain:
+        raise reading.refuse(scalar.where, path, f"{quoted(scalar.text)} is text; write it without quotes")
+
+
 @dataclass(frozen=True)
 class Text:
     """Text without control characters, so that it can be shown and put into an environment.
@@ -77,12 +97,12 @@ class Text:
         allowed = "\n\t" if self.multiline else ""
         if any((ord(c) < 32 and c not in allowed) or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in text):
             raise reading.refuse(scalar.where, path, f"{quoted(text)} holds control characters; write {self.expected}")
-        if not text.strip() and self.pattern != "":
-            raise reading.refuse(scalar.where, path, f"is empty; write {self.expected}")
         if len(text) > self.max_length:
-            raise reading.refuse(scalar.where, path, f"is {len(text):,} characters long; at most {self.max_length:,}")
+            what = f"is {len(text):,} characters long; at most {self.max_length:,} are allowed"
+            raise reading.refuse(scalar.where, path, what)
         if self.pattern and not re.fullmatch(self.pattern, text):
-            raise reading.refuse(scalar.where, path, f"{quoted(text)} is not allowed; write {self.expected}")
+            what = f"{quoted(text)} is not allowed" if text.strip() else "is empty"
+            raise reading.refuse(scalar.where, path, f"{what}; write {self.expected}")
         return text
 
     def schema(self) -> Schema:
@@ -103,9 +123,11 @@ class Integer:
 
     def read(self, node: Node, path: str, reading: Reading) -> int:
         scalar = _scalar(node, path, reading, self.expected)
-        if not re.fullmatch(r"[+-]?\d{1,30}", scalar.text.replace("_", "")) or not scalar.plain:
+        text = scalar.text.replace("_", "")
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
             raise reading.refuse(scalar.where, path, f"{quoted(scalar.text)} is not {self.expected}")
-        value = int(scalar.text.replace("_", ""))
+        _refuse_quotes(scalar, path, reading)
+        value = int(text)
         if not self.minimum <= value <= self.maximum:
             raise reading.refuse(scalar.where, path, f"{scalar.text} is out of range; write {self.expected}")
         return value
@@ -123,18 +145,20 @@ class Number:
     @property
     def expected(self) -> str:
         lower = f"above {self.minimum:g}" if self.above_minimum else f"of {self.minimum:g} or more"
-        return f"a number {lower}" + (f" and at most {self.maximum:g}" if self.maximum < 1e18 else "")
+        return f"a number {lower}" + (f" and at most {self.maximum:.12g}" if self.maximum < 1e18 else "")
 
     def read(self, node: Node, path: str, reading: Reading) -> float:
         scalar = _scalar(node, path, reading, self.expected)
         try:
-            value = float(scalar.text) if scalar.plain else math.nan
+            value = float(scalar.text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
             raise reading.refuse(scalar.where, path, f"{quoted(scalar.text)} is not {self.expected}")
+        _refuse_quotes(scalar, path, reading)
         if value < self.minimum or value > self.maximum or (self.above_minimum and value == self.minimum):
-            raise reading.refuse(scalar.where, path, f"{scalar.text} is out of range; write {self.expected}")
+            short = shortened(scalar.text, 60)
+            raise reading.refuse(scalar.where, path, f"{short} is out of range; write {self.expected}")
         return value
 
     def schema(self) -> Schema:
@@ -148,8 +172,9 @@ class Number:
 class Boolean:
     def read(self, node: Node, path: str, reading: Reading) -> bool:
         scalar = _scalar(node, path, reading, "true or false")
-        if scalar.text not in ("true", "false") or not scalar.plain:
+        if scalar.text not in ("true", "false"):
             raise reading.refuse(scalar.where, path, f"{quoted(scalar.text)} is not allowed; write true or false")
+        _refuse_quotes(scalar, path, reading)
         return scalar.text == "true"
 
     def schema(self) -> Schema:
@@ -216,27 +241,25 @@ def yaml_name(field: dataclasses.Field[Any]) -> str:
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list; one value alone stands for a list of one where `or_one`."""
+    """A list, described in words by `expected`; one value alone stands for a list of one where `or_one`."""
 
     item: FieldType
     minimum: int = 0
     or_one: bool = False
+    expected: str = "a list, [a, b]"
 
     def read(self, node: Node, path: str, reading: Reading) -> tuple[Any, ...]:
         if self.or_one and isinstance(node, ScalarNode) and not node.is_null:
             return (self.item.read(node, path, reading),)
         if not isinstance(node, ListNode):
-            raise reading.refuse(node.where, path, f"is {kind(node)}; write a list, [a, b]")
+            raise reading.refuse(node.where, path, f"is {kind(node)}; write {self.expected}")
         if len(node.items) < self.minimum:
-            raise reading.refuse(node.where, path, f"has {len(node.items)} entries; at least {self.minimum} are needed")
-        values, failed = [], False
-        for index, item in enumerate(node.items):
-            try:
-                values.append(self.item.read(item, f"{path}[{index}]", reading))
-            except Invalid:
-                failed = True
-        if failed:
-            raise Invalid
+            raise reading.refuse(node.where, path, f"is too short; write {self.expected} ({self.minimum} or more)")
+        values = []
+        with _whole(reading):
+            for index, item in enumerate(node.items):
+                with suppress(Invalid):
+                    values.append(self.item.read(item, f"{path}[{index}]", reading))
         return tuple(values)
 
     def schema(self) -> Schema:
@@ -246,7 +269,7 @@ class ListOf:
 
 @dataclass(frozen=True)
 class MapOf:
-    """A mapping with free keys of one form."""
+    """A mapping with free keys of one form, described in words by `key_expected`."""
 
     value: FieldType
     key_pattern: str
@@ -257,18 +280,14 @@ class MapOf:
             return {}
         if not isinstance(node, MapNode):
             raise reading.refuse(node.where, path, f"is {kind(node)}; write a mapping, {{key: value}}")
-        values, failed = {}, False
-        for name, child in node.entries.items():
-            if not re.fullmatch(self.key_pattern, name) or not name.isprintable():
-                reading.refuse(node.key_where[name], path, f"{quoted(name)} is not {self.key_expected}")
-                failed = True
-                continue
-            try:
-                values[name] = self.value.read(child, f"{path}.{name}", reading)
-            except Invalid:
-                failed = True
-        if failed:
-            raise Invalid
+        values = {}
+        with _whole(reading):
+            for name, child in node.entries.items():
+                if not re.fullmatch(self.key_pattern, name) or not name.isprintable():
+                    reading.refuse(node.key_where[name], path, f"{quoted(name)} is not {self.key_expected}")
+                    continue
+                with suppress(Invalid):
+                    values[name] = self.value.read(child, f"{path}.{name}", reading)
         return values
 
     def schema(self) -> Schema:
@@ -283,52 +302,78 @@ class Section:
     spec: type[Any]
 
     def read(self, node: Node, path: str, reading: Reading) -> Any:
-        values = self.values(node, path, reading)
-        missing = [f for f in _keys(self.spec) if f.name not in values and _required(f)]
-        if missing and not reading.partial:
-            for field in missing:
-                full = f"{path}.{yaml_name(field)}" if path else yaml_name(field)
-                reading.refuse(node.where, full, f"is missing: {field.metadata['doc']}")
-        if missing:
-            raise Invalid
+        with _whole(reading):
+            values = self.values(node, path, reading)
+            for field in _keys(self.spec):
+                if field.name not in values and _required(field):
+                    full = _below(path, yaml_name(field))
+                    if not reading.is_unread(full):
+                        reading.refuse(node.where, full, f"is missing: {field.metadata['doc']}")
+                    values[field.name] = None
         return self.spec(**values)
 
     def values(self, node: Node, path: str, reading: Reading) -> dict[str, Any]:
-        """What is written, by field; raises Invalid where anything is wrong."""
+        """What is written and can be read, by field."""
         if isinstance(node, ScalarNode) and node.is_null:
             return {}
         if not isinstance(node, MapNode):
             raise reading.refuse(node.where, path, f"is {kind(node)}; write a mapping, {{key: value}}")
         fields = {yaml_name(f): f for f in _keys(self.spec)}
-        values, failed = {}, False
+        values = {}
         for name, child in node.entries.items():
-            full = f"{path}.{name}" if path else name
+            full = _below(path, name)
             if name not in fields:
-                hint = did_you_mean(name, fields) or f"; known here: {listed(fields)}"
-                reading.refuse(node.key_where[name], full, f"is not a known key{hint}")
-                failed = True
-                continue
-            if isinstance(child, ScalarNode) and child.is_null and not _required(fields[name]):
-                continue
-            try:
-                values[fields[name].name] = fields[name].metadata["type"].read(child, full, reading)
-            except Invalid:
-                failed = True
-        if failed:
-            raise Invalid
+                self._unknown(node.key_where[name], path, name, reading)
+            elif not (isinstance(child, ScalarNode) and child.is_null and not _required(fields[name])):
+                with suppress(Invalid):
+                    values[fields[name].name] = fields[name].metadata["type"].read(child, full, reading)
         return values
 
+    def _unknown(self, where: Location, path: str, name: str, reading: Reading) -> None:
+        known = [yaml_name(f) for f in _keys(self.spec)]
+        hint = did_you_mean(name, known) or f"; known here: {', '.join(known)}"
+        reading.refuse(where, _below(path, name), f"is not a known key{hint}")
+        reading.unread.update(_below(path, meant) for meant in nearest(name, known))
+
     def schema(self) -> Schema:
-        properties = {
-            yaml_name(f): f.metadata["type"].schema() | {"description": f.metadata["doc"]} for f in _keys(self.spec)
-        }
+        required = [yaml_name(f) for f in _keys(self.spec) if _required(f)]
         return {
-            "type": "object",
+            "type": "object" if required else ["object", "null"],
             "description": (self.spec.__doc__ or "").strip().split("\n")[0],
-            "properties": properties,
+            "properties": {yaml_name(f): _key_schema(f) for f in _keys(self.spec)},
             "additionalProperties": False,
-            "required": [yaml_name(f) for f in _keys(self.spec) if _required(f)],
+            "required": required,
         }
+
+
+@contextmanager
+def _whole(reading: Reading) -> Iterator[None]:
+    """Raises Invalid after a block that noted a problem, unless the reading is lenient."""
+    before = len(reading.problems)
+    yield
+    if not reading.lenient and len(reading.problems) > before:
+        raise Invalid
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _key_schema(field: dataclasses.Field[Any]) -> Schema:
+    """The key's schema with its meaning; a key that may be left out may also be written without a value."""
+    schema: Schema = field.metadata["type"].schema()
+    if not _required(field):
+        schema = _or_null(schema)
+    return schema | {"description": field.metadata["doc"]}
+
+
+def _or_null(schema: Schema) -> Schema:
+    if "enum" in schema:
+        return schema | {"enum": [*schema["enum"], None]}
+    if "anyOf" in schema:
+        return schema | {"anyOf": [*schema["anyOf"], {"type": "null"}]}
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    return schema | {"type": types if "null" in types else [*types, "null"]}
 
 
 def _keys(spec: type[Any]) -> list[dataclasses.Field[Any]]:
@@ -339,13 +384,12 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def known_paths(spec: type[Any], path: str = "") -> Mapping[str, str]:
-    """Every dotted key of a spec with its meaning."""
-    found: dict[str, str] = {}
-    for field in _keys(spec):
-        full = f"{path}.{yaml_name(field)}" if path else yaml_name(field)
-        type_ = field.metadata["type"]
-        found[full] = str(field.metadata["doc"])
-        if isinstance(type_, Section):
-            found.update(known_paths(type_.spec, full))
-    return found
+def described(instance: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every key of a spec that was read: (dotted key, value, meaning)."""
+    for field in _keys(type(instance)):
+        full = _below(path, yaml_name(field))
+        value = getattr(instance, field.name)
+        if isinstance(field.metadata["type"], Section) and value is not None:
+            yield from described(value, full)
+        else:
+            yield full, value, str(field.metadata["doc"])

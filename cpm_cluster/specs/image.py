@@ -26,7 +26,7 @@ class Image:
     """A container image and the software in it."""
 
     tag: str = key(Text(IMAGE_TAG, "an image name such as cpmlive-flash:0.0.4"), "name and tag, as docker knows it")
-    python: str = key(VERSION, "version of Python")
+    python: str | None = key(VERSION, "version of Python", None)
     torch: str | None = key(VERSION, "version of PyTorch", None)
     cuda: str | None = key(VERSION, "version of the CUDA runtime", None)
     sm: tuple[int, ...] = key(ListOf(Integer(30, 200)), "compute capabilities × 10 with machine code in torch", ())

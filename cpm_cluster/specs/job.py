@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cpm_cluster.specs.cluster import ABSOLUTE_PATH, NODE_LIST, RUNTIMES, SLURM_NAME, Cluster
@@ -54,8 +54,8 @@ class MethodField:
         if isinstance(node, MapNode) and list(node.entries) == ["lora"]:
             lora: Lora = Section(Lora).read(node.entries["lora"], f"{path}.lora", reading)
             return lora
-        given = f"the keys {', '.join(node.entries)}" if isinstance(node, MapNode) else kind(node)
-        raise reading.refuse(node.where, path, f"is {given}; write full, lora, or {{lora: {{rank: 64, alpha: 64}}}}")
+        given = "has keys besides lora" if isinstance(node, MapNode) and "lora" in node.entries else f"is {kind(node)}"
+        raise reading.refuse(node.where, path, f"{given}; write full, lora, or {{lora: {{rank: 64, alpha: 64}}}}")
 
     def schema(self) -> Schema:
         adapters = {"type": "object", "properties": {"lora": Section(Lora).schema()}, "required": ["lora"]}
@@ -73,9 +73,7 @@ class Reference:
 
     def read(self, node: Node, path: str, reading: Reading) -> Node:
         if isinstance(node, MapNode):
-            known = MapNode(
-                {k: v for k, v in node.entries.items() if k != "base"}, node.where, node.set_by, node.key_where
-            )
+            known = replace(node, entries={k: v for k, v in node.entries.items() if k != "base"})
             Section(self.spec).values(known, path, reading)
             if "base" in node.entries:
                 CONFIG_NAME.read(node.entries["base"], f"{path}.base", reading)
@@ -128,8 +126,12 @@ class Training:
 class Data:
     """jsonl files of {input, output} rows."""
 
-    train: tuple[str, ...] = key(ListOf(DATA_SOURCE, minimum=1, or_one=True), "training data")
-    eval: tuple[str, ...] = key(ListOf(DATA_SOURCE, or_one=True), "evaluation data", ())
+    train: tuple[str, ...] = key(
+        ListOf(DATA_SOURCE, minimum=1, or_one=True, expected="a path, or a list of paths"), "training data"
+    )
+    eval: tuple[str, ...] = key(
+        ListOf(DATA_SOURCE, or_one=True, expected="a path, or a list of paths"), "evaluation data", ()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +158,9 @@ class Slurm:
         MapOf(
             Text(r"[A-Za-z0-9_.,:/@%=+\[\]-]*", "text without spaces or quotes"),
             r"[a-z][a-z-]*",
-            "a long sbatch option",
+            "a long sbatch option without its dashes",
         ),
-        "further sbatch options, without the dashes: {comment: x}",
+        "further sbatch options, without the dashes: {comment: x, spread-job: ''}",
         factory=dict,
     )
 
@@ -190,7 +192,7 @@ class JobSpec:
     )
     tokenizer: str = key(Text(r"[^\s-].*", "bytes, a name in configs/tokenizers, or a path"), "tokenizer", "bytes")
     profile: str | None = key(CONFIG_NAME, "resource profile", None)
-    resources: Resources = key(Section(Resources), "resources; what is left out comes from the profile")
+    resources: Resources = key(Section(Resources), "GPUs, nodes, memory; write them here, or name a profile with them")
     cluster: Cluster = key(CONFIG_NAME, "cluster; left out: detected", None)
     image: Image | None = key(Reference(Image), "container image", None)
     runtime: str | None = key(
@@ -198,7 +200,13 @@ class JobSpec:
     )
     engine: str = key(Choice(ENGINES), "bmtrain, torch, deepspeed, or command (any program)", "torch")
     command: tuple[str, ...] = key(
-        ListOf(Text(multiline=True), minimum=1), "engine command: program and arguments, a list, never a shell line", ()
+        ListOf(
+            Text(multiline=True),
+            minimum=1,
+            expected="the program and its arguments as a list, [python, train.py]; no shell reads it",
+        ),
+        "engine command: program and arguments, a list, never a shell line",
+        (),
     )
     code: str | None = key(
         Text(r"[^\s-].*", "the path of a folder"),
@@ -217,9 +225,11 @@ class JobSpec:
         "host path: container path, with :ro to protect",
         factory=dict,
     )
-    env: dict[str, str] = key(MapOf(Text(), ENV_NAME, "a variable name"), "environment of the training", factory=dict)
+    env: dict[str, str] = key(
+        MapOf(Text(), ENV_NAME, "a variable name (letters, digits, _)"), "environment of the training", factory=dict
+    )
     secrets: tuple[str, ...] = key(
-        ListOf(Text(ENV_NAME, "a variable name")),
+        ListOf(Text(ENV_NAME, "a variable name (letters, digits, _)")),
         "names of variables that stay out of the record; values: ~/.config/cpm-cluster/secrets.env (mode 0600)",
         (),
     )
@@ -236,10 +246,11 @@ class JobSpec:
 
 @dataclass(frozen=True)
 class Origin:
-    """Who set a value: default, computed, image, cluster, profile, job or --set; and where."""
+    """Who set a value (cluster, profile, job or --set), where, and as which text."""
 
     set_by: str
     where: Location | None = None
+    text: str = ""
 
     def __str__(self) -> str:
         return f"{self.set_by} ({self.where})" if self.where and self.where.line else self.set_by

@@ -52,6 +52,7 @@ TORCH_NAMES_SINCE = (2, 2)
 def lint_environment(spec: JobSpec) -> Iterator[str]:
     """Warnings about the NCCL settings of a job and its cluster, for the NCCL and torch versions of its image."""
     settings = {**spec.cluster.env, **spec.env}
+    yield from _lint_image(spec, settings)
     nccl = _version(spec.image.nccl if spec.image else None)
     for name, value in settings.items():
         if name.startswith("NCCL_"):
@@ -80,12 +81,21 @@ def _lint_one(name: str, value: str, nccl: tuple[int, ...]) -> Iterator[str]:
         yield f"env.{name}: {OLD_NAMES[name]}"
     if name == "NCCL_IB_GID_INDEX" and nccl >= (2, 21):
         yield f"env.{name}: NCCL 2.21 and newer choose the GID themselves; remove it"
-    if name == "NCCL_IB_HCA" and "mlx5_1" in value and not value.startswith(("=", "^=")):
+    cards = [card.split(":")[0] for card in value.lstrip("^").split(",")]
+    if name == "NCCL_IB_HCA" and "mlx5_1" in cards:
         yield f"env.{name}: names are prefixes, so mlx5_1 also means mlx5_10…; start the list with ="
+
+
+def _lint_image(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[str]:
+    """ENV lines of the image that would decide unseen (an eth0 there: aws/deep-learning-containers#6469)."""
+    for name, value in spec.image.env.items() if spec.image else ():
+        if name.startswith("NCCL_") and name not in settings:
+            yield f"env.{name}: the image sets it to {value}; write it here if that is not the cluster's"
 
 
 def _lint_fabric(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[str]:
     if settings.get("NCCL_IB_DISABLE") == "1" and spec.cluster.network.infiniband:
         yield f"env.NCCL_IB_DISABLE: {spec.cluster_name} has InfiniBand; this sends all traffic over sockets"
-    if settings.get("NCCL_P2P_DISABLE") == "1" and (spec.cluster.nvlink or (spec.gpu and spec.gpu.nvlink)):
+    nvlink = spec.cluster.nvlink if spec.cluster.nvlink is not None else spec.gpu is not None and spec.gpu.nvlink
+    if settings.get("NCCL_P2P_DISABLE") == "1" and nvlink:
         yield "env.NCCL_P2P_DISABLE: the GPUs have NVLink; this sends their traffic through host memory"

@@ -6,9 +6,11 @@ would make of them (86400, a string, a string).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -62,6 +64,15 @@ def kind(node: Node) -> str:
     return "nothing" if node.is_null else quoted(node.text)
 
 
+def written(node: Node) -> str:
+    """A value as its author wrote it, on one line."""
+    if isinstance(node, ListNode):
+        return "[" + ", ".join(map(written, node.items)) + "]"
+    if isinstance(node, MapNode):
+        return "{" + ", ".join(f"{key}: {written(child)}" for key, child in node.entries.items()) + "}"
+    return node.text
+
+
 def read_yaml(path: Path, set_by: str, problems: list[Problem], shown_as: str | None = None) -> MapNode | None:
     """The mapping in a YAML file; None, with problems added, where there is none.
 
@@ -93,127 +104,201 @@ def parse_yaml(data: bytes, name: str, set_by: str, problems: list[Problem]) -> 
     return None
 
 
-def parse_value(data: bytes, name: str, set_by: str, problems: list[Problem]) -> Node | None:
-    """Any YAML value, with positions; None, with a problem added, where the text is not YAML."""
+def parse_value(data: bytes, name: str, set_by: str, problems: list[Problem], path: str = "") -> Node | None:
+    """Any YAML value, with positions; None, with a problem added, where the text is not YAML.
+
+    `path` is the dotted key under which it stands.
+    """
+    source = _Source(name, set_by)
+    try:
+        root = yaml.compose(_checked_text(data, source), Loader=_Loader)
+        if root is None:
+            return ScalarNode("", True, source.at(0, 0), set_by)
+        return _Reader(source, problems).read(root, path)
+    except _Unusable as error:
+        problems.append(error.problem)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problems.append(Problem(source.of(mark), "", f"is not valid YAML: {_reason(error, data)}"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problems.append(Problem(Location(name), "", f"is not valid YAML: {' '.join(str(error).split())}"))
+    return None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a text is from: a file, or an option of the command line, in which lines mean nothing."""
+
+    name: str
+    set_by: str
+
+    def at(self, line: int, column: int) -> Location:
+        """A place by its line and column from 0."""
+        return Location(self.name) if self.set_by == "--set" else Location(self.name, line + 1, column + 1)
+
+    def of(self, mark: Any) -> Location:
+        """The place of a mark of PyYAML."""
+        return self.at(mark.line, mark.column) if mark else Location(self.name)
+
+    def at_offset(self, text: str, offset: int) -> Location:
+        before = text[:offset]
+        return self.at(before.count("\n"), offset - before.rfind("\n") - 1)
+
+
+class _Unusable(Exception):
+    """The text cannot be read as a whole."""
+
+    def __init__(self, where: Location, key: str, what: str) -> None:
+        super().__init__(what)
+        self.problem = Problem(where, key, what)
+
+
+def _checked_text(data: bytes, source: _Source) -> str:
+    """The text, once it is sure that the YAML parser can digest it."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        problems.append(Problem(Location(name, line, 1), "", "is not UTF-8 text; save the file as UTF-8"))
-        return None
-    try:
-        if _too_deep(text):
-            raise RecursionError(f"it is nested deeper than {MAX_DEPTH} levels")
-        root = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = Location(name, mark.line + 1, mark.column + 1) if mark else Location(name)
-        problems.append(Problem(where, "", f"is not valid YAML: {_yaml_reason(error)}"))
-        return None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problems.append(Problem(Location(name), "", f"is not valid YAML: {' '.join(str(error).split())}"))
-        return None
-    if root is None:
-        return ScalarNode("", True, Location(name, 1, 1), set_by)
-    return _Reader(name, set_by, problems).node(root)
+        before = data[: error.start].decode("utf-8-sig")
+        where = source.at_offset(before, len(before))
+        raise _Unusable(where, "", "is not UTF-8 text; it must be encoded in UTF-8") from None
+    if unprintable := _NOT_YAML.search(text):
+        what = f"holds the control character U+{ord(unprintable.group()):04X}, which YAML does not allow; remove it"
+        raise _Unusable(source.at_offset(text, unprintable.start()), "", what)
+    _check_depth(text, source)
+    return text
 
 
-def _too_deep(text: str) -> bool:
-    """Whether nesting would overflow the C stack of libyaml's composer, which does not guard itself.
+_NOT_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # YAML 1.1, 5.1
+
+
+def _check_depth(text: str, source: _Source) -> None:
+    """Refuses nesting that would overflow the C stack of libyaml's composer, which does not guard itself.
 
     Every level needs one of five characters, so that an ordinary file is cleared by counting them.
     """
     if sum(map(text.count, "[{-?:")) < 1000:
-        return False
+        return
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            return True
-    return False
+            raise _Unusable(source.of(event.start_mark), "", TOO_DEEP)
 
 
-def _yaml_reason(error: yaml.MarkedYAMLError) -> str:
-    reason = " ".join(filter(None, (error.context, error.problem)))
-    if "found character that cannot start any token" in reason:
-        return reason + " (a tab, perhaps: indent with spaces)"
-    return reason
+TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels; no file of this kind is"
+
+# What the parser says, and what its author most likely did. {line}: where the broken construct begins.
+_REASONS = {
+    "did not find expected ',' or ']'": "a comma is missing here, or the ] of the list that begins in line {line}",
+    "did not find expected ',' or '}'": "a comma is missing here, or the } of the mapping that begins in line {line}",
+    "mapping values are not allowed": "a colon is not expected here; mend the indentation, or put text with `: ` in it"
+    " in quotes",
+    "could not find expected ':'": "a colon is missing: every line is `key: value`, and a key is one word",
+    "did not find expected key": "the indentation is not that of the lines above",
+    "did not find expected '-' indicator": "the indentation is not that of the lines above",
+    "did not find expected alphabetic or numeric": "a value cannot start with * or &; put it in quotes",
+    "found undefined alias": "a value that starts with * repeats one that was marked with &, and none was; for text,"
+    " put it in quotes",
+    "found unknown escape character": "between double quotes, \\ starts an escape; use single quotes",
+    "found unexpected end of stream": "the quote that begins in line {line} is not closed",
+    "expected a single document": "a second document begins here (---); write a file for each",
+}
 
 
-class _TooLarge(Exception):
-    pass
+def _reason(error: yaml.MarkedYAMLError, data: bytes) -> str:
+    said = " ".join(filter(None, (error.context, error.problem)))
+    mark, begin = error.problem_mark, error.context_mark
+    if mark and "cannot start any token" in said:
+        line = data.decode("utf-8-sig").splitlines()[mark.line]
+        character = line[mark.column : mark.column + 1]
+        return (
+            "a tab cannot indent; use spaces"
+            if character == "\t"
+            else f"a value cannot start with {character}; put it in quotes"
+        )
+    advice = next((text for phrase, text in _REASONS.items() if phrase in said), said)
+    return advice.replace("{line}", str(begin.line + 1 if begin else 1))
 
 
 class _Reader:
     """Turns PyYAML's node graph into our tree, counting what aliases expand to."""
 
-    def __init__(self, name: str, set_by: str, problems: list[Problem]) -> None:
-        self.name, self.set_by, self.problems, self.count = name, set_by, problems, 0
+    def __init__(self, source: _Source, problems: list[Problem]) -> None:
+        self.source, self.problems = source, problems
+        self.count = 0
+        self.open: list[yaml.Node] = []  # the collections around the node that is being read
 
-    def node(self, root: yaml.Node) -> Node | None:
-        try:
-            return self._node(root, 0)
-        except _TooLarge as error:
-            self.problems.append(Problem(Location(self.name, 1, 1), "", str(error)))
-            return None
-
-    def _node(self, node: yaml.Node, depth: int) -> Node:
+    def read(self, node: yaml.Node, path: str) -> Node:
+        """Raises _Unusable where the text stands for too much, or has a construct that hides what is meant."""
         self.count += 1
-        if self.count > MAX_NODES:
-            raise _TooLarge(f"stands for more than {MAX_NODES:,} values; aliases (&a, *a) may not multiply like that")
-        if depth > MAX_DEPTH:
-            raise _TooLarge(f"is nested deeper than {MAX_DEPTH} levels, or an alias contains itself")
         where = self._where(node)
+        if self.count > MAX_NODES:
+            what = f"stands for more than {MAX_NODES:,} values; aliases (&a, *a) may not multiply like that"
+            raise _Unusable(self.source.at(0, 0), "", what)
+        if any(node is outer for outer in self.open):
+            raise _Unusable(where, path, "contains itself: an alias (*a) stands inside the value that it repeats")
+        if len(self.open) > MAX_DEPTH:
+            raise _Unusable(where, path, TOO_DEEP)
+        if node.tag not in _KNOWN_TAGS:
+            tag = quoted(node.tag.replace("tag:yaml.org,2002:", "!!"))
+            raise _Unusable(where, path, f"has the YAML tag {tag}, which is not allowed; for text, put it in quotes")
         if isinstance(node, yaml.ScalarNode):
-            if node.tag not in _KNOWN_TAGS:
-                self.problems.append(Problem(where, "", f"YAML tag {quoted(node.tag)} is not allowed here"))
-            return ScalarNode(node.value, not node.style, where, self.set_by)  # None, or '' from libyaml: plain
-        if isinstance(node, yaml.SequenceNode):
-            return ListNode(tuple(self._node(child, depth + 1) for child in node.value), where, self.set_by)
-        assert isinstance(node, yaml.MappingNode)
-        return self._mapping(node, where, depth)
+            return ScalarNode(node.value, not node.style, where, self.source.set_by)  # None, or '' from libyaml: plain
+        self.open.append(node)
+        read = self._mapping(node, where, path) if isinstance(node, yaml.MappingNode) else self._list(node, where, path)
+        self.open.pop()
+        return read
 
-    def _mapping(self, node: yaml.MappingNode, where: Location, depth: int) -> MapNode:
+    def _list(self, node: yaml.Node, where: Location, path: str) -> ListNode:
+        items = tuple(self.read(child, f"{path}[{index}]") for index, child in enumerate(node.value))
+        return ListNode(items, where, self.source.set_by)
+
+    def _mapping(self, node: yaml.MappingNode, where: Location, path: str) -> MapNode:
         entries: dict[str, Node] = {}
         key_where: dict[str, Location] = {}
         for key_node, value_node in node.value:
-            place = self._where(key_node)
+            place, key = self._where(key_node), key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.append(Problem(place, "", "a key must be a word, not a list or a mapping"))
-                continue
-            key = key_node.value
-            if key == "<<" and not key_node.style:
-                self.problems.append(Problem(place, "<<", "merge keys are not supported; use a profile or --set"))
-                continue
-            if key in entries:
-                self.problems.append(
-                    Problem(place, key, f"is written twice (first in line {key_where[key].line}); keep one")
+                raise _Unusable(
+                    place, path, f"{_KINDS[type(key_node)]} cannot be a key; put text with [ or {{ in quotes"
                 )
+            full = f"{path}.{key}" if path else key
+            if key == "<<" and not key_node.style:
+                raise _Unusable(place, full, "merge keys are not supported; write the keys out")
+            if key in entries:
+                first = key_where[key].line
+                self.problems.append(Problem(place, full, f"is written twice (first in line {first}); keep one"))
                 continue
-            entries[key] = self._node(value_node, depth + 1)
+            entries[key] = self.read(value_node, full)
             key_where[key] = place
-        return MapNode(entries, where, self.set_by, key_where)
+        return MapNode(entries, where, self.source.set_by, key_where)
 
     def _where(self, node: yaml.Node) -> Location:
-        if self.set_by == "--set":
-            return Location(self.name)
-        return Location(self.name, node.start_mark.line + 1, node.start_mark.column + 1)
+        return self.source.of(node.start_mark)
 
 
+_KINDS = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
 _KNOWN_TAGS = {
-    f"tag:yaml.org,2002:{tag}" for tag in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge")
+    f"tag:yaml.org,2002:{tag}"
+    for tag in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge", "seq", "map")
 }
 
 
 def merged(lower: MapNode, upper: MapNode) -> MapNode:
-    """`upper` over `lower`: mappings merge key by key, everything else is replaced whole."""
+    """`upper` over `lower`: mappings merge key by key, everything else is replaced whole.
+
+    A key without a value (`resources:`) changes nothing in a mapping. The result lies where `upper` was written,
+    but for --set, which has no lines to point to.
+    """
     entries, key_where = dict(lower.entries), dict(lower.key_where)
     for key, node in upper.entries.items():
         below = entries.get(key)
+        if isinstance(below, MapNode) and isinstance(node, ScalarNode) and node.is_null:
+            continue
         both = isinstance(below, MapNode) and isinstance(node, MapNode)
         entries[key] = merged(below, node) if both else node  # type: ignore[arg-type]
         key_where[key] = upper.key_where.get(key, node.where)
-    return replace(lower, entries=entries, key_where=key_where)
+    return replace(upper if upper.where.line else lower, entries=entries, key_where=key_where)
 
 
 def leaves(node: Node, path: str = "") -> Iterator[tuple[str, Node]]:

@@ -28,7 +28,8 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        return printable(f"{self.where}: {self.key}: {self.what}" if self.key else f"{self.where}: {self.what}")
+        key = shortened(self.key, 120)
+        return printable(f"{self.where}: {key}: {self.what}" if key else f"{self.where}: {self.what}")
 
 
 class SpecError(Exception):
@@ -44,20 +45,34 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+def shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def quoted(text: str, limit: int = 60) -> str:
     """`text` as an error message shows it: one line, shortened, in double quotes."""
-    short = text if len(text) <= limit else text[: limit - 1] + "…"
-    return '"' + printable(short) + '"'
+    return '"' + printable(shortened(text, limit)) + '"'
+
+
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that may be meant: `steps` for `step`, `LR` for `lr`, `gpu, gpus_per_node` for `gpus`."""
+    by_lower = {name.lower(): name for name in known}
+    lower = word.lower()
+    alike = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.6)
+    begun = [name for name in by_lower if name.startswith(lower + "_")]
+    if lower in by_lower or len(begun) > 1:
+        begun = []
+    return [by_lower[name] for name in dict.fromkeys(alike + begun)]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean x?)` for the nearest of `known`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = nearest(word, known)
+    return f" (did you mean {listed(near)}?)" if near else ""
 
 
-def listed(names: Iterable[str], limit: int = 24) -> str:
-    """Names for a message: `a, b or c`; a long list is cut and says so."""
+def listed(names: Iterable[str], limit: int = 32) -> str:
+    """Names to choose from, for a message: `a, b or c`; a long list is cut and says so."""
     items: Sequence[str] = list(names)
     if len(items) > limit:
         return ", ".join(items[:limit]) + f" … ({len(items)} in all)"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+_NUMBER = r"([0-9]{1,18}(?:\.[0-9]{1,18})?)"  # more digits mean nothing, and a float could not hold them
+_SIZE = re.compile(_NUMBER + r"\s*([A-Za-z]*)")
 _DURATION_PARTS = re.compile(
-    r"(\d+(?:\.\d+)?)\s*(weeks?|w|days?|d|hours?|hr?s?|h|minutes?|mins?|m|seconds?|secs?|s)\s*"
+    _NUMBER + r"\s*(weeks?|w|days?|d|hours?|hr?s?|h|minutes?|mins?|m|seconds?|secs?|s)(?![a-z])\s*"
 )
-_CLOCK = re.compile(r"(?:(\d+)-(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?|(\d+):(\d{2}):(\d{2}))")
+_CLOCK = re.compile(r"(?:([0-9]{1,9})-([0-9]{1,2})(?::([0-9]{2}))?(?::([0-9]{2}))?|([0-9]{1,9}):([0-9]{2}):([0-9]{2}))")
 
 _BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
@@ -34,7 +35,7 @@ def parse_size(text: str) -> int:
         raise ValueError("has no unit")
     factor = _size_factor(unit)
     if factor is None:
-        raise ValueError(f"has the unit {unit!r}, which is none")
+        raise ValueError(f"has the unknown unit {unit}")
     size = round(float(number) * factor)
     if size > MAX_BYTES:
         raise ValueError("is more than an exbibyte")
@@ -67,9 +68,9 @@ def parse_duration(text: str) -> int:
         if max(day_minutes, day_seconds, minutes, seconds) > 59:
             raise ValueError("has more than 59 minutes or seconds")
         total = days * 86_400 + (day_hours + hours) * 3_600 + (day_minutes + minutes) * 60 + day_seconds + seconds
-    elif re.fullmatch(r"\d+(\.\d+)?", stripped):
+    elif re.fullmatch(_NUMBER, stripped):
         raise ValueError("has no unit")
-    elif re.fullmatch(r"\d+:\d{2}", stripped):
+    elif re.fullmatch(r"[0-9]{1,9}:[0-9]{2}", stripped):
         raise ValueError("could be hours:minutes or minutes:seconds")
     else:
         parts = list(_DURATION_PARTS.finditer(stripped.lower()))

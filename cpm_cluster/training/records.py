@@ -1,6 +1,6 @@
-"""What a run leaves to read: ``metrics.jsonl``, ``samples.jsonl`` and TensorBoard events under ``tb/``.
+"""What a run leaves to read: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events, and a line a step.
 
-TensorBoard tags: ``loss/train`` and ``loss/eval`` (nats per target token), ``optimizer/lr``,
+TensorBoard tags under ``tb/``: ``loss/train`` and ``loss/eval`` (nats per target token), ``optimizer/lr``,
 ``optimizer/grad_norm`` (before clipping), ``optimizer/loss_scale``, ``speed/tokens_per_second`` (all ranks),
 ``data/tokens_seen``, and the text ``samples/N`` for prompt N.
 """
@@ -15,6 +15,7 @@ from typing import Callable, Dict, Union
 from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
 from cpm_cluster.training.files import write_text
+from cpm_cluster.training.settings import Settings
 
 _TAGS = {
     "loss": "loss/train",
@@ -29,10 +30,12 @@ Record = Dict[str, Union[int, float, str, None]]
 
 
 class Records:
-    """Appends to the three records from rank 0; silent on other ranks."""
+    """Appends to the three records and prints, from rank 0; silent on other ranks."""
 
-    def __init__(self, output_dir: Path, rank: int, restored_step: int) -> None:
+    def __init__(self, settings: Settings, rank: int, restored_step: int) -> None:
         """Drop what an earlier attempt recorded beyond ``restored_step``, then continue after it."""
+        output_dir = Path(settings.output_dir)
+        self._steps = settings.training.steps
         self._metrics = output_dir / "metrics.jsonl"
         self._samples = output_dir / "samples.jsonl"
         self._board: SummaryWriter | None = None
@@ -50,6 +53,7 @@ class Records:
         if self._board is None:
             return
         _append(self._metrics, record)
+        print(step_line(record, self._steps), flush=True)
         for key, tag in _TAGS.items():
             value = record.get(key)
             if value is not None:
@@ -67,6 +71,24 @@ class Records:
         """Write out what is buffered."""
         if self._board is not None:
             self._board.close()
+
+
+def step_line(record: Record, steps: int) -> str:
+    """Return one step's record as people read it: ``step 20/300 loss 4.1234 lr 3.00e-04 …``.
+
+    The gradient norm is "overflow" where fp16 skipped the step.
+    """
+    grad_norm, eval_loss = record["grad_norm"], record["eval_loss"]
+    parts = [
+        f"step {record['step']}/{steps}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        "grad_norm overflow" if grad_norm is None else f"grad_norm {grad_norm:.3f}",
+        f"tokens/s {record['tokens_per_second']:.0f}",
+    ]
+    if eval_loss is not None:
+        parts.append(f"eval_loss {eval_loss:.4f}")
+    return " ".join(parts)
 
 
 def keep_lines(path: Path, wanted: Callable[[int], bool]) -> None:

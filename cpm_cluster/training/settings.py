@@ -65,7 +65,10 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The optimisation: ``micro_batch`` rows of ``seq_len`` tokens, ``grad_accum`` times a rank and step."""
+    """The optimisation: ``micro_batch`` rows of ``seq_len`` tokens, ``grad_accum`` times a rank and step.
+
+    0 turns off ``clip_grad_norm`` and ``eval_every``; otherwise the last step is evaluated, too.
+    """
 
     seq_len: int
     micro_batch: int

@@ -129,7 +129,6 @@ def _out_of_range(settings: Settings) -> list[str]:
         "training.grad_accum": training.grad_accum,
         "training.steps": training.steps,
         "training.log_every": training.log_every,
-        "training.eval_every": training.eval_every,
         "training.checkpoint.every": training.checkpoint.every,
         "training.checkpoint.keep": training.checkpoint.keep,
     }
@@ -144,7 +143,8 @@ def _out_of_range(settings: Settings) -> list[str]:
         (0 <= training.warmup_steps <= training.steps, "training.warmup_steps: must be between 0 and steps"),
         (training.weight_decay >= 0, "training.weight_decay: must not be negative"),
         (all(0 <= beta < 1 for beta in training.betas), "training.betas: must be in [0, 1)"),
-        (training.clip_grad_norm > 0, "training.clip_grad_norm: must be positive"),
+        (training.clip_grad_norm >= 0, "training.clip_grad_norm: must not be negative"),
+        (training.eval_every >= 0, "training.eval_every: must not be negative"),
         (settings.samples.max_tokens >= 0, "samples.max_tokens: must not be negative"),
         (settings.samples.temperature >= 0, "samples.temperature: must not be negative"),
     ]

@@ -48,8 +48,8 @@ class Engine(Protocol):
     def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """Accumulate over this rank's micro batches, weigh by tokens over all ranks, clip, update.
 
-        Raises FloatingPointError when loss or gradient is not finite (fp16: skips the step and halves the
-        scale).
+        Raises FloatingPointError when loss or gradient is not finite; an fp16 gradient that overflows skips
+        the step and halves the scale instead.
         """
 
     def evaluate(self, batches: Sequence[Batch]) -> float:

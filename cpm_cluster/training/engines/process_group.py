@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,16 @@ def choose_device(placement: Placement) -> torch.device:
         raise UserError(f"local rank {placement.local_rank} has no GPU: torch sees {torch.cuda.device_count()} here")
     torch.cuda.set_device(placement.local_rank)
     return torch.device("cuda", placement.local_rank)
+
+
+def announce(placement: Placement, device: torch.device) -> None:
+    """Print where this rank runs: before it joins, because a rank that never joins is looked for."""
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    print(
+        f"rank {placement.rank} of {placement.world_size}: host {socket.gethostname()} pid {os.getpid()}"
+        f" device {device}{gpu} torch {torch.__version__}",
+        flush=True,
+    )
 
 
 def join_group(placement: Placement, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cpm_cluster.training.engines import StepResult
 from cpm_cluster.training.engines.fsdp import shard_model, whole
 from cpm_cluster.training.engines.loss_scale import LossScale
-from cpm_cluster.training.engines.process_group import choose_device, join_group
+from cpm_cluster.training.engines.process_group import announce, choose_device, join_group
 from cpm_cluster.training.engines.torch_state import (
     load_generators,
     load_optimizer,
@@ -51,6 +51,7 @@ class TorchEngine:
         self._settings = settings
         self._placement = placement
         self._device = choose_device(placement)
+        announce(placement, self._device)
         self._compute_type = _COMPUTE_TYPES[settings.training.precision]
         self._loss_scale = LossScale(settings.training.precision == "fp16")
         if self._loss_scale.enabled and self._device.type == "cpu":
@@ -205,21 +206,21 @@ class TorchEngine:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(self._loss_scale.value)
-        norm = nn.utils.clip_grad_norm_(parameters, self._settings.training.clip_grad_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self._settings.training.clip_grad_norm or math.inf)
         return float(whole(norm))
 
     def _update(self, loss: float, grad_norm: float, lr: float) -> bool:
         """Apply the gradient and clear it; return whether the weights changed."""
-        finite = math.isfinite(grad_norm) and math.isfinite(loss)
-        if not finite and not self._loss_scale.enabled:
+        overflowed = not math.isfinite(grad_norm)
+        if not math.isfinite(loss) or (overflowed and not self._loss_scale.enabled):
             raise FloatingPointError(f"loss {loss} with gradient norm {grad_norm}: training diverged")
-        if finite:
+        if not overflowed:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        self._loss_scale.update(overflowed=not finite)
+        self._loss_scale.update(overflowed)
         self._optimizer.zero_grad(set_to_none=True)
-        return finite
+        return not overflowed
 
 
 def adamw(trained: dict[str, nn.Parameter], training: TrainingSettings) -> torch.optim.AdamW:

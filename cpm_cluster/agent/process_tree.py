@@ -1,0 +1,115 @@
+"""Processes of a run: adopted when orphaned, found by their environment, ended without remainder.
+
+Linux only: prctl(2), and the files of proc(5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Callable
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+RUN_VARIABLE = "CPM_RUN_ID"
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose own parent dies (PR_SET_CHILD_SUBREAPER)."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal when its parent ends, also by SIGKILL; at once, if `parent` has ended already."""
+    _prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def descendants(pid: int) -> list[int]:
+    """Everything alive below a process, parents before children; zombies have ended."""
+    found = _children(pid)
+    for child in found:
+        found += [pid for pid in _children(child) if pid not in found]
+    return [pid for pid in found if not _is_zombie(pid)]
+
+
+def processes_of_run(run_id: str) -> list[int]:
+    """Processes of this user that carry the run's id in their environment; zombies have none."""
+    wanted = f"{RUN_VARIABLE}={run_id}".encode()
+    found = []
+    for entry in _listed(Path("/proc")):
+        try:
+            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def send(pids: list[int], number: int) -> None:
+    """Signal processes; those that have ended already, or belong to others, are passed over."""
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def end_all(find: Callable[[], list[int]], grace_s: float) -> bool:
+    """Ask whatever `find` returns to end, kill what is left after `grace_s`; whether nothing is left in the end.
+
+    `find` is called again and again: processes may start others while they end.
+    """
+    for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
+        deadline = time.monotonic() + seconds
+        send(find(), number)
+        while find() and time.monotonic() < deadline:
+            if number == signal.SIGKILL:
+                send(find(), number)
+            time.sleep(0.05)
+    return not find()
+
+
+def reap() -> None:
+    """Collect adopted children that have ended. Steals the status of a child that a Popen still waits for."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in _listed(Path(f"/proc/{pid}/task")):
+        try:
+            found += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
+def _prctl(option: int, argument: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

@@ -1,0 +1,48 @@
+"""cpm cancel: end a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from cpm_cluster.cli import exit_codes, options
+from cpm_cluster.cli.watch import current_state, settle
+from cpm_cluster.runs.records import append_event, write_json
+from cpm_cluster.runs.run import Run, RunError, find_run, read_submission
+from cpm_cluster.schedulers import open_scheduler
+
+
+@click.command(
+    "cancel",
+    epilog="\b\nExample:\n  cpm cancel quickstart-20261125-101500-a1b2",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@options.run_name
+@options.runs_dir
+@options.as_json
+def command(run: str | None, runs_dir: Path, as_json: bool) -> int:
+    """End RUN (default: the newest). The trainer saves first, if it can within half a minute."""
+    found = find_run(runs_dir, run)
+    was = current_state(found)
+    if not was.ended:
+        cancel_run(found)
+    state = current_state(found)
+    settle(found, state)
+    if as_json:
+        click.echo(json.dumps({"run": found.id, "state": state.name, "was": was.name}))
+    else:
+        click.echo(f"{found.id}: had ended before: {was.name}" if was.ended else f"{found.id}: {state.name}")
+    return exit_codes.OK
+
+
+def cancel_run(run: Run) -> None:
+    """Record the wish, then have the scheduler fulfil it; raises RunError for a run that was never submitted."""
+    submission = read_submission(run)
+    if submission is None:
+        raise RunError(f"{run.id} was prepared with --export; cancel its job with scancel")
+    write_json(run.files.cancel_request, {"time": time.time()})
+    append_event(run.files.events("submitter"), "cancel")
+    open_scheduler(submission.scheduler).cancel(run, submission)

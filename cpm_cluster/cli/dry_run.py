@@ -1,0 +1,71 @@
+"""What a dry run prints: the fit, the very script and command lines of a submission, and who set the environment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from cpm_cluster.launch.prepare import Prepared
+from cpm_cluster.launch.runtimes import SYMBOLIC_NODE, run_argv
+from cpm_cluster.launch.sbatch import agent_argv, batch_script, by_hand, wrapped
+from cpm_cluster.planner.fit import Demand
+from cpm_cluster.specs.problems import printable
+from cpm_cluster.specs.values import format_size
+
+
+def as_data(prepared: Prepared) -> dict[str, Any]:
+    """Everything, for programs. `node_argv` has names such as $NODE_RANK where only the node knows the value."""
+    plan = prepared.plan
+    return {
+        "plan": json.loads(plan.to_json()),
+        "fit": [asdict(demand) | {"verdict": demand.verdict} for demand in prepared.fit.demands],
+        "advice": list(prepared.fit.advice),
+        "script": batch_script(plan) if plan.scheduler == "slurm" else None,
+        "agent_argv": agent_argv(plan),
+        "node_argv": run_argv(plan, SYMBOLIC_NODE),
+        "by_hand": by_hand(plan),
+    }
+
+
+def as_text(prepared: Prepared) -> str:
+    """The same, for people."""
+    return "\n".join(_lines(prepared)) + "\n"
+
+
+def _lines(prepared: Prepared) -> Iterator[str]:
+    spec, plan = prepared.spec, prepared.plan
+    ranks = spec.resources.world_size
+    gpus = f"{plan.nodes * plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPUs only"
+    yield f"{plan.job_name} on {spec.cluster_name}: {plan.nodes} node(s), {gpus}, {ranks} rank(s), {plan.runtime}"
+    yield f"run directory: {plan.run_dir} (not made by a dry run)"
+    for warning in plan.warnings:
+        yield f"warning: {printable(warning)}"
+    yield from _section("Does it fit?", (_demand(demand) for demand in prepared.fit.demands))
+    yield from (f"  {advice}" for advice in prepared.fit.advice)
+    if plan.scheduler == "slurm":
+        yield from _section("Batch script", batch_script(plan).splitlines(), indent="")
+    else:
+        yield from _section("Every node runs, held by the node agent", wrapped(run_argv(plan, SYMBOLIC_NODE)))
+    yield from _section("Environment of the training", map(_variable, plan.environment))
+    yield from _section("The same by hand, with a shell in place of the program", by_hand(plan))
+
+
+def _section(title: str, lines: Any, indent: str = "  ") -> Iterator[str]:
+    found = [indent + line for line in lines]
+    if found:
+        yield ""
+        yield f"── {title} " + "─" * max(0, 90 - len(title))
+        yield from found
+
+
+def _demand(demand: Demand) -> str:
+    have = f" of {format_size(demand.capacity_bytes)}" if demand.capacity_bytes is not None else ""
+    size = f"at least {format_size(demand.lower_bytes)}{have} for each {demand.per}"
+    parts = ", ".join(f"{c.name} {format_size(c.bytes)}" for c in demand.components)
+    return f"{demand.resource:<11} {demand.verdict}: {size} {demand.instant} ({parts})"
+
+
+def _variable(setting: Any) -> str:
+    return f"{printable(setting.name)}={printable(setting.value or '')}  # {setting.set_by}"

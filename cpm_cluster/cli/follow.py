@@ -1,0 +1,129 @@
+"""Following a run: a live display on a terminal, lines elsewhere; Ctrl-C asks once, and cancels the second time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Protocol
+
+import click
+
+from cpm_cluster.cli import exit_codes
+from cpm_cluster.cli.cancel import cancel_run
+from cpm_cluster.cli.progress_line import progress_line
+from cpm_cluster.cli.summary import summary
+from cpm_cluster.cli.watch import current_state, settle
+from cpm_cluster.runs.run import Run
+from cpm_cluster.runs.state import State
+
+POLL_S = 0.5
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class View(Protocol):
+    """What shows a state, again and again."""
+
+    def show(self, state: State) -> None:
+        """Bring the display up to date."""
+
+    def pause(self) -> None:
+        """Leave the terminal to a question."""
+
+
+def follow(run: Run, as_json: bool) -> int:
+    """Watch a run until it ends, or until the user leaves it; the exit code is the run's own."""
+    view = _open_view(run, as_json)
+    state = _watch(run, view)
+    view.pause()
+    if not state.ended:
+        click.echo(
+            f"{run.id} goes on\n  follow it: cpm logs -f {run.id}\n  end it:    cpm cancel {run.id}", err=as_json
+        )
+        return exit_codes.INTERRUPTED
+    verdict = settle(run, state)
+    if as_json:
+        data = {"run": run.id, "run_dir": str(run.files.root), **asdict(state)}
+        click.echo(json.dumps({**data, "verdict": asdict(verdict) if verdict else None}, indent=1, ensure_ascii=False))
+    else:
+        click.echo(summary(run, state, verdict))
+    return _exit_code(state)
+
+
+def _exit_code(state: State) -> int:
+    if state.name == "cancelled":
+        return exit_codes.INTERRUPTED
+    if state.name == "finished":
+        return exit_codes.OK
+    return state.exit_code or exit_codes.FAILED
+
+
+def _watch(run: Run, view: View) -> State:
+    while True:
+        try:
+            state = current_state(run)
+            view.show(state)
+            if state.ended:
+                return state
+            time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            view.pause()
+            if _leave_it_running():
+                return current_state(run)
+            click.echo("cancelling; the trainer saves first, which may take half a minute", err=True)
+            cancel_run(run)
+
+
+def _leave_it_running() -> bool:
+    """The user's choice; a second Ctrl-C means cancel. Without a terminal nobody can be asked: it goes on."""
+    if not sys.stdin.isatty():
+        return True
+    try:
+        click.echo()
+        choice = click.prompt(
+            "Leave it running, or cancel it?", type=click.Choice(["leave", "cancel"]), default="leave", err=True
+        )
+    except (click.Abort, KeyboardInterrupt):
+        return False
+    return bool(choice == "leave")
+
+
+def _open_view(run: Run, as_json: bool) -> View:
+    if as_json:
+        return _Nothing()
+    if sys.stdout.isatty():
+        from cpm_cluster.cli.live import LiveView
+
+        return LiveView(run)
+    return _Lines(run)
+
+
+class _Nothing:
+    def show(self, state: State) -> None:
+        """JSON is printed at the end."""
+
+    def pause(self) -> None:
+        """There is no display."""
+
+
+class _Lines:
+    """A line when the phase changes, and every few seconds while training."""
+
+    def __init__(self, run: Run) -> None:
+        click.echo(f"{run.id}\n  {run.files.root}")
+        self._shown = ("", -1)
+        self._shown_at = 0.0
+
+    def show(self, state: State) -> None:
+        step = int((state.progress or {}).get("step", -1))
+        now = time.monotonic()
+        due = now - self._shown_at >= SECONDS_BETWEEN_LINES and step != self._shown[1]
+        if state.ended or not (state.phase != self._shown[0] or due):
+            return
+        self._shown, self._shown_at = (state.phase, step), now
+        progress = progress_line(state.progress) if state.progress and step > 0 else ""
+        click.echo(f"  {state.phase or state.name:<11} {progress}".rstrip())
+
+    def pause(self) -> None:
+        """Lines stay where they are."""

@@ -1,0 +1,25 @@
+"""From a prepared job to its run directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from cpm_cluster.launch.prepare import Prepared
+from cpm_cluster.launch.sbatch import batch_script
+from cpm_cluster.runs.run import Records, Run, create_run
+from cpm_cluster.runs.snapshot import default_source
+from cpm_cluster.specs.resolved import resolved_yaml
+
+
+def make_run(prepared: Prepared, job: Path) -> Run:
+    """Write the run directory of a job; see `create_run` for what it raises."""
+    plan = prepared.plan
+    records = Records(
+        job=job.read_bytes(),
+        resolved=resolved_yaml(prepared.spec),
+        script=batch_script(plan) if plan.scheduler == "slurm" else None,
+        fit=json.dumps(asdict(prepared.fit), indent=1) + "\n",
+    )
+    return create_run(plan, records, Path(prepared.spec.code) if prepared.spec.code else default_source(job))

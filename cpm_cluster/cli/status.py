@@ -1,0 +1,43 @@
+"""cpm status: what has become of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from cpm_cluster.cli import exit_codes, options
+from cpm_cluster.cli.progress_line import progress_line
+from cpm_cluster.cli.watch import current_state, settle
+from cpm_cluster.runs.run import find_run
+
+
+@click.command(
+    "status",
+    epilog="\b\nExamples:\n  cpm status                   the newest run\n"
+    "  cpm status quickstart-2026   by the beginning of its id",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@options.run_name
+@options.runs_dir
+@options.as_json
+def command(run: str | None, runs_dir: Path, as_json: bool) -> int:
+    """Say what has become of RUN (default: the newest), and why it ended."""
+    found = find_run(runs_dir, run)
+    state = current_state(found)
+    verdict = settle(found, state)
+    if as_json:
+        data = {"run": found.id, "run_dir": str(found.files.root), **asdict(state)}
+        click.echo(json.dumps({**data, "verdict": asdict(verdict) if verdict else None}, indent=1, ensure_ascii=False))
+        return exit_codes.OK
+    code = "" if state.exit_code is None else f", exit code {state.exit_code}"
+    phase = f", {state.phase}" if state.phase and not state.ended else ""
+    click.echo(f"{found.id}: {state.name}{phase}{code} (attempt {state.attempt})")
+    if state.progress:
+        click.echo("  " + progress_line(state.progress))
+    if verdict:
+        click.echo(f"  {verdict}")
+    click.echo(f"  {found.files.root}")
+    return exit_codes.OK

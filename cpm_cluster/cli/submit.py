@@ -1,0 +1,147 @@
+"""cpm submit: what would run, and running it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from cpm_cluster.cli import exit_codes, options
+from cpm_cluster.launch.prepare import Prepared, prepare, read_job
+from cpm_cluster.launch.resolve import Submitter
+from cpm_cluster.specs.catalogue import default_catalogue, packaged_jobs
+
+EPILOG = (
+    """\
+\b
+Examples:
+  cpm-submit jobs/quickstart.yaml                              train here, and follow
+  cpm-submit jobs/lora_100b.yaml --dry-run                     what would run, nothing is touched
+  cpm-submit jobs/lora_100b.yaml --export job.sbatch           a script for plain sbatch
+  cpm-submit jobs/lora_100b.yaml --explain docker.shm-size     who set a value, and why
+  cpm-submit jobs/lora_10b.yaml --set training.lr=2e-4 --set slurm.nodelist=g2003 --detach
+
+\b
+"""
+    + exit_codes.MEANINGS
+)
+
+
+@click.command("submit", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("job", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the job: training.lr=1e-4."
+)
+@click.option("--dry-run", is_flag=True, help="Print what would run, and touch nothing.")
+@click.option(
+    "--export",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Prepare the run and write its script for plain sbatch, without submitting it.",
+)
+@click.option("--explain", metavar="KEY", help="Say who set a value, where and why; `all` lists everything.")
+@click.option("--detach", is_flag=True, help="Return at once instead of following the run.")
+@options.runs_dir
+@options.as_json
+def command(
+    job: Path,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    export: Path | None,
+    explain: str | None,
+    detach: bool,
+    runs_dir: Path,
+    as_json: bool,
+) -> int:
+    """Submit the job file JOB, and follow it until it ends."""
+    if dry_run + (export is not None) + (explain is not None) + detach > 1:
+        raise click.UsageError("--dry-run, --export, --explain and --detach exclude each other")
+    job = _found(job)
+    prepared = _prepare(job, overrides, runs_dir)
+    if explain is not None:
+        return _explain(prepared, explain, as_json)
+    if dry_run:
+        return _show(prepared, as_json)
+    if prepared.fit.ruled_out:
+        click.echo("error: this job does not fit:\n  " + "\n  ".join(prepared.fit.advice), err=True)
+        return exit_codes.DOES_NOT_FIT
+    for warning in prepared.plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    return _export(prepared, job, export, as_json) if export else _submit(prepared, job, detach, as_json)
+
+
+def _found(job: Path) -> Path:
+    """The job file; a name that no file has may be one of the jobs that ship with the package."""
+    shipped = packaged_jobs() / job.with_suffix(".yaml").name
+    return shipped if not job.exists() and len(job.parts) == 1 and shipped.is_file() else job
+
+
+def _prepare(job: Path, overrides: tuple[str, ...], runs_dir: Path) -> Prepared:
+    from cpm_cluster.runs.run import new_run_id, run_directory
+
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    catalogue = default_catalogue(Path.cwd(), config_home)
+    spec = read_job(job, overrides, catalogue, has_slurm=shutil.which("sbatch") is not None)
+    run_id = new_run_id(spec.name)
+    submitter = Submitter(sys.executable, f"{os.getuid()}:{os.getgid()}")
+    return prepare(spec, run_id, run_directory(runs_dir, run_id), submitter)
+
+
+def _explain(prepared: Prepared, key: str, as_json: bool) -> int:
+    from cpm_cluster.launch.explain import explanations, matching
+    from cpm_cluster.specs.problems import did_you_mean
+
+    known = list(explanations(prepared.spec, prepared.fit, prepared.plan))
+    found = known if key == "all" else matching(known, key)
+    if not found:
+        hint = did_you_mean(key, (e.key for e in known)) or "; --explain all lists every key"
+        raise click.UsageError(f"{key} is no value of this job{hint}")
+    as_data = json.dumps([asdict(e) for e in found], indent=1, ensure_ascii=False)
+    click.echo(as_data if as_json else "\n".join(map(str, found)))
+    return exit_codes.OK
+
+
+def _show(prepared: Prepared, as_json: bool) -> int:
+    from cpm_cluster.cli.dry_run import as_data, as_text
+
+    click.echo(
+        json.dumps(as_data(prepared), indent=1, ensure_ascii=False) if as_json else as_text(prepared), nl=as_json
+    )
+    return exit_codes.DOES_NOT_FIT if prepared.fit.ruled_out else exit_codes.OK
+
+
+def _export(prepared: Prepared, job: Path, target: Path, as_json: bool) -> int:
+    from cpm_cluster.cli.make_run import make_run
+    from cpm_cluster.runs.records import write_text
+
+    if prepared.plan.scheduler != "slurm":
+        raise click.UsageError(f"--export writes Slurm scripts, but cluster {prepared.spec.cluster_name} has no Slurm")
+    run = make_run(prepared, job)
+    write_text(target, run.files.script.read_text(encoding="utf-8"), 0o755)
+    if as_json:
+        click.echo(json.dumps({"run": run.id, "run_dir": str(run.files.root), "script": str(target)}))
+    else:
+        click.echo(f"wrote {target}; the run is prepared in {run.files.root}\nsubmit it with: sbatch {target}")
+    return exit_codes.OK
+
+
+def _submit(prepared: Prepared, job: Path, detach: bool, as_json: bool) -> int:
+    from cpm_cluster.cli.follow import follow
+    from cpm_cluster.cli.make_run import make_run
+    from cpm_cluster.runs.run import write_submission
+    from cpm_cluster.schedulers import open_scheduler
+
+    scheduler = open_scheduler(prepared.plan.scheduler)
+    scheduler.require()
+    run = make_run(prepared, job)
+    write_submission(run, scheduler.submit(run))
+    if detach:
+        text = json.dumps({"run": run.id, "run_dir": str(run.files.root)}) if as_json else run.id
+        click.echo(text)
+        return exit_codes.OK
+    return follow(run, as_json)

@@ -1,0 +1,60 @@
+"""The container of a job: image, shared memory, and what is mounted where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from cpm_cluster.launch.origins import set_by
+from cpm_cluster.launch.plan import Archive, Container, Mount
+from cpm_cluster.planner.shared_memory import shared_memory
+from cpm_cluster.specs.checks import ROOTLESS_HOST_NETWORK_SINCE, version_tuple
+from cpm_cluster.specs.image import Image
+from cpm_cluster.specs.job import JobSpec
+
+
+def container(spec: JobSpec, image: Image, runtime: str, run_dir: str, user: str) -> Container:
+    """What the runtime is told; `user` is `uid:gid` of who submits."""
+    size = shared_memory(spec)
+    host_ipc = spec.container.ipc == "host"
+    network = version_tuple(spec.cluster.runtimes[runtime].version)[:2] >= ROOTLESS_HOST_NETWORK_SINCE
+    return Container(
+        image=image.tag,
+        archive=_archive(spec, image),
+        shm_bytes=None if host_ipc else size.bytes,
+        shm_why="container.ipc: host takes the node's /dev/shm" if host_ipc else size.why,
+        infiniband=spec.cluster.network.infiniband,
+        host_sys=runtime == "docker-rootless" and network,
+        user=user if runtime == "docker" else None,
+        mounts=tuple(_mounts(spec, run_dir)),
+    )
+
+
+def _archive(spec: JobSpec, image: Image) -> Archive | None:
+    if image.archive is None or spec.cluster.image_folder is None:
+        return None
+    path = str(PurePosixPath(spec.cluster.image_folder) / image.archive.file)
+    return Archive(path, image.archive.bytes, image.archive.sha256)
+
+
+def _mounts(spec: JobSpec, run_dir: str) -> Iterator[Mount]:
+    yield Mount(run_dir, run_dir, False, "computed")
+    targets = [PurePosixPath(run_dir)]
+    for host, written in spec.mounts.items():
+        target, _, mode = written.partition(":")
+        targets.append(PurePosixPath(target))
+        yield Mount(host, target, mode == "ro", set_by(spec, f"mounts.{host}"))
+    if spec.cluster.network.topology_file:
+        file = spec.cluster.network.topology_file
+        yield Mount(file, file, True, "cluster")
+    for folder in _folders_read(spec):
+        if not any(folder.is_relative_to(target) for target in targets):
+            targets.append(folder)
+            yield Mount(str(folder), str(folder), True, "computed")
+
+
+def _folders_read(spec: JobSpec) -> list[PurePosixPath]:
+    """Folders of the files that the trainer reads, which it sees under the same path as you."""
+    sources = [*spec.data.train, *spec.data.eval] if spec.data else []
+    files = [*sources, *filter(None, [spec.init_from]), spec.tokenizer]
+    return sorted({PurePosixPath(file).parent for file in files if file.startswith("/")})

@@ -1,0 +1,91 @@
+"""Where a value comes from, and why it is what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cpm_cluster.launch.origins import set_by
+from cpm_cluster.launch.plan import LaunchPlan, Setting
+from cpm_cluster.launch.runtimes import SYMBOLIC_NODE, run_options
+from cpm_cluster.planner.fit import Fit
+from cpm_cluster.specs.fields import described
+from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.specs.values import format_size
+
+# Where the plan departs from what the CPM-9G manual tells people to type.
+CORRECTIONS = {
+    "manual.gpus": ("--gpus all", "takes the GPUs of other jobs on the node; the plan lists those of its step by UUID"),
+    "manual.sh": ("--sh", "is no option of docker; the program is named after the image"),
+    "manual.network": ("no --network host (rootless)", "ranks would advertise an address that no other node reaches"),
+    "manual.ntasks": ("srun -n 8 -c 8", "starts eight of everything; one task with all CPUs starts the eight ranks"),
+    "manual.detach": ("docker run -it -d … bash", "the container would outlive the job; the agent holds it"),
+    "manual.tag": ("docker tag [IMAGE_ID]", "a tag typed by hand names any image; the archive carries its own"),
+    "manual.docker-ps": (
+        "docker ps shows containers, so rootless did not start",
+        "the shell then talks to the daemon of root; docker info says `rootless` in SecurityOptions",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One value: its dotted key, what it is, who set it (and where), and why."""
+
+    key: str
+    value: str
+    set_by: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.value}\n  set by {self.set_by}" + (f"\n  {self.why}" if self.why else "")
+
+
+def explanations(spec: JobSpec, fit: Fit, plan: LaunchPlan) -> Iterator[Explanation]:
+    """Every value of a job and of its plan, in the order in which people look for them."""
+    yield from _of_job(spec)
+    for group, settings in _groups(plan):
+        for setting in settings:
+            value = "(set)" if setting.value is None else setting.value
+            yield Explanation(f"{group}.{setting.name}", value, setting.set_by, setting.why)
+    for module in plan.modules:
+        yield Explanation("modules", module, "cluster", f"loaded before {plan.runtime} is used")
+    yield Explanation("runtime", plan.runtime, set_by(spec, "runtime"), _runtime_reason(spec))
+    for demand in fit.demands:
+        parts = "; ".join(f"{c.name} {format_size(c.bytes)}: {c.formula}" for c in demand.components)
+        value = f"at least {format_size(demand.lower_bytes)} for each {demand.per}, {demand.verdict}"
+        yield Explanation(f"fit.{demand.resource.replace(' ', '_')}", value, "computed", f"{demand.instant}: {parts}")
+    for key, (text, why) in CORRECTIONS.items():
+        yield Explanation(key, text, "the CPM-9G manual", f"corrected: {why}")
+
+
+def matching(found: list[Explanation], key: str) -> list[Explanation]:
+    """Those whose key is `key`, lies below it, or ends in it (`shm-size` for `docker.shm-size`)."""
+    exact = [e for e in found if e.key == key or e.key.startswith(key + ".")]
+    return exact or [e for e in found if e.key.split(".", 1)[-1] == key]
+
+
+def _groups(plan: LaunchPlan) -> list[tuple[str, tuple[Setting, ...]]]:
+    return [
+        ("sbatch", plan.batch),
+        ("srun", plan.step),
+        ("interactive", plan.interactive),
+        (plan.runtime.split("-")[0], run_options(plan, SYMBOLIC_NODE)),
+        ("env", plan.environment),
+    ]
+
+
+def _of_job(spec: JobSpec) -> Iterator[Explanation]:
+    """What the job, its profile and its cluster say, and the defaults of the rest; `env` comes with the plan."""
+    meanings = {key: (value, doc) for key, value, doc in described(spec)}
+    for key in sorted({*spec.origins, *meanings} - {"env", "runtime"}):
+        value, doc = meanings.get(key, (None, ""))
+        origin = spec.origins.get(key)
+        if origin:
+            yield Explanation(key, origin.text, str(origin), doc)
+        elif isinstance(value, (str, int, float, bool)) and not key.startswith("env."):
+            yield Explanation(key, str(value), "default", doc)
+
+
+def _runtime_reason(spec: JobSpec) -> str:
+    return "as the job asks" if spec.runtime else f"the first that {spec.cluster_name} offers and this job can use"

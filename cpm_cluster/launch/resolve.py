@@ -1,0 +1,77 @@
+"""From what was asked for to what will run: a pure function of the job and a few facts of the submitter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpm_cluster.launch.container import container
+from cpm_cluster.launch.environment import environment
+from cpm_cluster.launch.plan import LaunchPlan, Program, Setting
+from cpm_cluster.launch.runtimes import pyxis
+from cpm_cluster.launch.slurm_options import batch_options, interactive_options, step_options
+from cpm_cluster.launch.trainer import trainer_settings
+from cpm_cluster.specs.checks import CONTAINER_RUNTIMES, runtime_obstacle
+from cpm_cluster.specs.job import JobSpec
+
+TRAINER_MODULE = "cpm_cluster.training.finetune"
+
+
+@dataclass(frozen=True)
+class Submitter:
+    """Facts of whoever submits. `user` is `uid:gid`; `python` is the interpreter that runs cpm-submit."""
+
+    python: str
+    user: str
+
+
+def resolve(spec: JobSpec, run_id: str, run_dir: str, submitter: Submitter) -> LaunchPlan:
+    """The plan of a job; `run_dir` is an absolute path that need not exist yet."""
+    runtime = chosen_runtime(spec)
+    box = None
+    if spec.image is not None and runtime in CONTAINER_RUNTIMES:
+        box = container(spec, spec.image, runtime, run_dir, submitter.user)
+    workdir = spec.container.workdir or f"{run_dir}/code"
+    slurm = spec.cluster.scheduler == "slurm"
+    step = step_options(spec) if slurm else ()
+    if box and runtime == "pyxis":
+        step += tuple(pyxis.step_options(box.image, box.mounts, workdir))
+    return LaunchPlan(
+        run_id=run_id,
+        run_dir=run_dir,
+        job_name=spec.name,
+        scheduler=spec.cluster.scheduler,
+        runtime=runtime,
+        nodes=spec.resources.nodes,
+        gpus_per_node=spec.resources.gpus_per_node,
+        time_limit_s=spec.time_limit_s,
+        signal_lead_s=spec.signal_lead_s or spec.cluster.signal_lead_s,
+        requeue=spec.cluster.requeue,
+        batch=(Setting("job-name", spec.name, "job"), *batch_options(spec, run_dir)) if slurm else (),
+        step=step,
+        interactive=interactive_options(spec) if slurm else (),
+        modules=spec.cluster.runtimes[runtime].modules,
+        conda_environment=spec.cluster.runtimes[runtime].environment,
+        agent_python=spec.cluster.python or submitter.python,
+        container=box,
+        program=_program(spec, runtime, run_dir, submitter),
+        environment=environment(spec, f"{run_dir}/package"),
+        secrets=spec.secrets,
+        workdir=workdir,
+        trainer=trainer_settings(spec, run_dir),
+        warnings=spec.warnings,
+    )
+
+
+def chosen_runtime(spec: JobSpec) -> str:
+    """The job's runtime, or the first of the cluster's that this job can use; specs/checks.py saw that there is one."""
+    return spec.runtime or next(name for name in spec.cluster.runtimes if runtime_obstacle(spec, name) is None)
+
+
+def _program(spec: JobSpec, runtime: str, run_dir: str, submitter: Submitter) -> Program:
+    ranks = spec.resources.ranks_per_node
+    if spec.engine == "command":
+        return Program("none", "", ranks, spec.command)
+    python = "python"
+    if runtime == "bare":
+        python = spec.cluster.runtimes[runtime].python or submitter.python
+    return Program("torchrun", python, ranks, ("-m", TRAINER_MODULE, f"{run_dir}/trainer.json"))

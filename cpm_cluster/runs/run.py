@@ -1,0 +1,176 @@
+"""The Run: a directory that is the record of everything, and the verbs that make and find one."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpm_cluster.launch.plan import LaunchPlan
+from cpm_cluster.runs.layout import RunLayout
+from cpm_cluster.runs.records import append_event, read_json, write_atomically, write_json, write_text
+from cpm_cluster.runs.snapshot import copy_package, take_snapshot
+
+ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{8}-\d{6}-[0-9a-f]{4}"
+# Slurm expands % in --output; the rest would need quoting in a directive or a mount option.
+UNSAFE_IN_PATH = re.compile(r"[^A-Za-z0-9_./@+=~-]")
+
+
+class RunError(Exception):
+    """A run cannot be made or found; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory and the plan in it."""
+
+    files: RunLayout
+    plan: LaunchPlan
+
+    @property
+    def id(self) -> str:
+        """Name, date, time and four random digits."""
+        return self.plan.run_id
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What the scheduler said when it took the job, and the machine that asked it."""
+
+    scheduler: str
+    job_id: str
+    host: str
+
+
+def new_run_id(job_name: str) -> str:
+    """An id that sorts by time within a job's name."""
+    return f"{job_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def run_directory(runs_dir: Path, run_id: str) -> Path:
+    """Where a run will lie.
+
+    Raises:
+        RunError: the path holds characters that Slurm or docker would read as something else.
+    """
+    path = runs_dir.absolute() / run_id
+    unsafe = UNSAFE_IN_PATH.search(str(path))
+    if unsafe:
+        raise RunError(
+            f"{path} holds {unsafe.group()!r}, which Slurm or docker would misread;"
+            " choose another folder with --runs-dir or CPM_RUNS_DIR"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class Records:
+    """The texts that a new run directory holds."""
+
+    job: bytes
+    resolved: str
+    script: str | None
+    fit: str
+
+
+def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
+    """Make the run directory, whole or not at all: it is filled under a hidden name, then renamed.
+
+    Raises:
+        SnapshotError: the code cannot be copied.
+        OSError: the runs folder cannot be written.
+    """
+    from cpm_cluster.runs.provenance import provenance
+
+    final = Path(plan.run_dir)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.partial")
+    partial.mkdir(mode=0o755)
+    files = RunLayout(partial)
+    try:
+        snapshot = take_snapshot(code, files.code, final.parent) if code else None
+        files.code.mkdir(exist_ok=True)
+        copy_package(files.package)
+        write_atomically(files.job_file, records.job)
+        write_text(files.resolved, records.resolved)
+        write_text(files.fit, records.fit)
+        write_text(files.plan, plan.to_json())
+        if records.script is not None:
+            write_text(files.script, records.script, 0o755)
+        if plan.trainer is not None:
+            write_json(files.trainer, plan.trainer)
+        write_json(files.provenance, provenance(snapshot))
+        append_event(files.events("submitter"), "created")
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Run(RunLayout(final), plan)
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a directory.
+
+    Raises:
+        RunError: it is none, or its plan is of another version.
+    """
+    files = RunLayout(folder.absolute())
+    try:
+        plan = LaunchPlan.from_json(files.plan.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{folder} is no run directory: {files.plan.name}: {error.strerror}") from error
+    except ValueError as error:
+        raise RunError(f"{files.plan} {error}") from error
+    return Run(files, plan)
+
+
+def find_run(runs_dir: Path, name: str | None) -> Run:
+    """A run by its path, its id, the beginning of its id, or the newest where no name is given.
+
+    Raises:
+        RunError: there is none, or several begin like that.
+    """
+    if name and Path(name, "launch.json").is_file():
+        return open_run(Path(name))
+    ids = [path.name for path in run_folders(runs_dir)]
+    if not ids:
+        raise RunError(f"there are no runs in {runs_dir}; cpm-submit JOB makes one, --runs-dir looks elsewhere")
+    if name is None:
+        return open_run(runs_dir / ids[0])
+    found = [run_id for run_id in ids if run_id == name] or [run_id for run_id in ids if run_id.startswith(name)]
+    if len(found) == 1:
+        return open_run(runs_dir / found[0])
+    if found:
+        raise RunError(f"{name} is the beginning of {len(found)} runs: {', '.join(found[:5])}; write more of it")
+    raise RunError(f"{name} is no run in {runs_dir}; cpm runs lists them")
+
+
+def run_folders(runs_dir: Path) -> list[Path]:
+    """Run directories, the newest first."""
+    folders = [path for path in runs_dir.glob("*/") if re.fullmatch(ID_PATTERN, path.name)]
+    return sorted(folders, key=lambda path: path.name[-20:], reverse=True)
+
+
+def all_runs(runs_dir: Path) -> Iterator[Run]:
+    """Runs, the newest first; what cannot be read is left out."""
+    for folder in run_folders(runs_dir):
+        try:
+            yield open_run(folder)
+        except RunError:
+            continue
+
+
+def write_submission(run: Run, submission: Submission) -> None:
+    """Record that the scheduler has taken the run."""
+    write_json(run.files.submission, vars(submission) | {"format": 1})
+    append_event(run.files.events("submitter"), "submitted", job_id=submission.job_id)
+
+
+def read_submission(run: Run) -> Submission | None:
+    """What `write_submission` recorded; None before that."""
+    raw = read_json(run.files.submission)
+    return Submission(**{key: value for key, value in raw.items() if key != "format"}) if raw else None
