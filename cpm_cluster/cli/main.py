@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -100,6 +98,9 @@ def _report(error: Exception, as_json: bool) -> int:
 
 def _report_defect(error: Exception) -> int:
     """Our own fault: keep the traceback for a report, and say where."""
+    import tempfile
+    import traceback
+
     descriptor, path = tempfile.mkstemp(prefix="cpm-defect-", suffix=".txt")
     with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
         traceback.print_exception(error, file=file)

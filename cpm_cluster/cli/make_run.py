@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cpm_cluster.launch.prepare import Prepared
 from cpm_cluster.launch.sbatch import batch_script
-from cpm_cluster.runs.run import Records, Run, create_run
+from cpm_cluster.runs.create import Records, create_run
+from cpm_cluster.runs.run import Run
 from cpm_cluster.runs.snapshot import default_source
 from cpm_cluster.specs.resolved import resolved_yaml
 

@@ -1,10 +1,9 @@
-"""The Run: a directory that is the record of everything, and the verbs that make and find one."""
+"""The Run: a directory that is the record of everything, and the verbs that name and find one."""
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ from pathlib import Path
 
 from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.runs.layout import RunLayout
-from cpm_cluster.runs.records import append_event, read_json, write_atomically, write_json, write_text
-from cpm_cluster.runs.snapshot import copy_package, take_snapshot
+from cpm_cluster.runs.records import append_event, read_json, write_json
 
 ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{8}-\d{6}-[0-9a-f]{4}"
 # Slurm expands % in --output; the rest would need quoting in a directive or a mount option.
@@ -48,7 +46,7 @@ class Submission:
 
 def new_run_id(job_name: str) -> str:
     """An id that sorts by time within a job's name."""
-    return f"{job_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{job_name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
 
 
 def run_directory(runs_dir: Path, run_id: str) -> Path:
@@ -65,51 +63,6 @@ def run_directory(runs_dir: Path, run_id: str) -> Path:
             " choose another folder with --runs-dir or CPM_RUNS_DIR"
         )
     return path
-
-
-@dataclass(frozen=True)
-class Records:
-    """The texts that a new run directory holds."""
-
-    job: bytes
-    resolved: str
-    script: str | None
-    fit: str
-
-
-def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
-    """Make the run directory, whole or not at all: it is filled under a hidden name, then renamed.
-
-    Raises:
-        SnapshotError: the code cannot be copied.
-        OSError: the runs folder cannot be written.
-    """
-    from cpm_cluster.runs.provenance import provenance
-
-    final = Path(plan.run_dir)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(f".{final.name}.partial")
-    partial.mkdir(mode=0o755)
-    files = RunLayout(partial)
-    try:
-        snapshot = take_snapshot(code, files.code, final.parent) if code else None
-        files.code.mkdir(exist_ok=True)
-        copy_package(files.package)
-        write_atomically(files.job_file, records.job)
-        write_text(files.resolved, records.resolved)
-        write_text(files.fit, records.fit)
-        write_text(files.plan, plan.to_json())
-        if records.script is not None:
-            write_text(files.script, records.script, 0o755)
-        if plan.trainer is not None:
-            write_json(files.trainer, plan.trainer)
-        write_json(files.provenance, provenance(snapshot))
-        append_event(files.events("submitter"), "created")
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Run(RunLayout(final), plan)
 
 
 def open_run(folder: Path) -> Run:

@@ -200,7 +200,7 @@ def _node_list(spec: JobSpec) -> Iterator[Finding]:
         yield (
             "slurm.nodelist",
             f"{spec.slurm.nodelist} names {count} nodes, but resources.nodes is {spec.resources.nodes}:"
-            " Slurm would allocate them all",
+            f" Slurm would allocate them all; write nodes: {count}, or name fewer",
         )
 
 
@@ -358,7 +358,7 @@ def _slurm_extra(spec: JobSpec) -> Iterator[Finding]:
     for name in spec.slurm.extra:
         if name in OWN_SBATCH_OPTIONS:
             key = OWN_SBATCH_OPTIONS[name]
-            yield f"slurm.extra.{name}", f"is decided by cpm-cluster{f'; write {key}' if key else ''}"
+            yield f"slurm.extra.{name}", f"is decided by cpm-cluster; {f'write {key} instead' if key else 'remove it'}"
 
 
 @_reads("model", "engine", "method")

@@ -96,7 +96,7 @@ class _Composition:
         self.path, self.job, self.catalogue = path, job, catalogue
         self.reading = Reading(problems, lenient=True)
         if _is_left_out(job.entries.get("cluster")):
-            detected = ScalarNode(detected_cluster, True, Location("detected"), "detected")
+            detected = ScalarNode(detected_cluster, True, Location(str(path)), "detected")
             self.job = replace(job, entries=job.entries | {"cluster": detected})
 
     def compose(self) -> JobSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cpm_cluster.specs.cluster import ABSOLUTE_PATH, NODE_LIST, RUNTIMES, SLURM_NAME, Cluster
 from cpm_cluster.specs.fields import (
@@ -44,8 +44,7 @@ class Lora:
     )
 
 
-@dataclass(frozen=True)
-class MethodField:
+class MethodField(NamedTuple):
     """`full`, `lora`, or `{lora: {rank: …}}`; read as a Lora, or None for full tuning."""
 
     def read(self, node: Node, path: str, reading: Reading) -> Lora | None:
@@ -62,8 +61,7 @@ class MethodField:
         return {"anyOf": [{"enum": ["full", "lora"]}, adapters | {"additionalProperties": False}]}
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """The name of a config, the path of one, or a mapping: the whole thing, or `{base: NAME, changed: keys}`.
 
     Read as it stands; specs/compose.py looks it up.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +57,8 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
     """Those of `known` that may be meant: `steps` for `step`, `LR` for `lr`, `gpu, gpus_per_node` for `gpus`."""
     by_lower = {name.lower(): name for name in known}
     lower = word.lower()
+    import difflib  # only where something is misspelt
+
     alike = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.6)
     begun = [name for name in by_lower if name.startswith(lower + "_")]
     if lower in by_lower or len(begun) > 1:

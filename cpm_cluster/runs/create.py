@@ -1,0 +1,57 @@
+"""Making a run directory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpm_cluster.launch.plan import LaunchPlan
+from cpm_cluster.runs.layout import RunLayout
+from cpm_cluster.runs.provenance import provenance
+from cpm_cluster.runs.records import append_event, write_atomically, write_json, write_text
+from cpm_cluster.runs.run import Run
+from cpm_cluster.runs.snapshot import copy_package, take_snapshot
+
+
+@dataclass(frozen=True)
+class Records:
+    """The texts that a new run directory holds."""
+
+    job: bytes
+    resolved: str
+    script: str | None
+    fit: str
+
+
+def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
+    """Make the run directory, whole or not at all: it is filled under a hidden name, then renamed.
+
+    Raises:
+        SnapshotError: the code cannot be copied.
+        OSError: the runs folder cannot be written.
+    """
+    final = Path(plan.run_dir)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.partial")
+    partial.mkdir(mode=0o755)
+    files = RunLayout(partial)
+    try:
+        snapshot = take_snapshot(code, files.code, final.parent) if code else None
+        files.code.mkdir(exist_ok=True)
+        copy_package(files.package)
+        write_atomically(files.job_file, records.job)
+        write_text(files.resolved, records.resolved)
+        write_text(files.fit, records.fit)
+        write_text(files.plan, plan.to_json())
+        if records.script is not None:
+            write_text(files.script, records.script, 0o755)
+        if plan.trainer is not None:
+            write_json(files.trainer, plan.trainer)
+        write_json(files.provenance, provenance(snapshot))
+        append_event(files.events("submitter"), "created")
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Run(RunLayout(final), plan)
