@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cpm_cluster.agent.guard import guarded
 from cpm_cluster.agent.node import NodeAgent
 
 
@@ -13,7 +14,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: python PACKAGE RUN_DIR", file=sys.stderr)
         return 2
-    return NodeAgent(Path(sys.argv[1])).run()
+    return guarded(lambda: NodeAgent(Path(sys.argv[1])).run())
 
 
 if __name__ == "__main__":

@@ -12,14 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from cpm_cluster.agent import containers, process_tree
+from cpm_cluster.agent.guard import PASSED_ON
 from cpm_cluster.agent.surroundings import (
     SECRETS_FILE,
     NodeError,
+    gpu_uuids,
     home_file,
     inherited_environment,
     node_facts,
@@ -49,20 +52,22 @@ class NodeAgent:
         self.signals: list[int] = []
         self.stopped_by: int | None = None
         self.deadline: float | None = None
+        self.killed = False
         self.started = time.time()
 
     def run(self) -> int:
         """All phases; cleanup and the exit record always happen."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        for number in PASSED_ON:
             signal.signal(number, self._note_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         process_tree.adopt_orphans()
         code = EXIT_NODE_ERROR
         node = None
         try:
-            node = node_facts(self.plan, self.files, os.environ)
+            node = node_facts(self.files, os.environ)
             self._enter(node, "prepare", pid=os.getpid())
             code = self._attempt(node)
-        except (NodeError, OSError) as error:
+        except (NodeError, OSError, subprocess.SubprocessError) as error:
             print(f"cpm: {error}", file=sys.stderr, flush=True)
             if node is not None:
                 append_event(self.files.events(node.name), "error", attempt=node.attempt, message=str(error))
@@ -78,9 +83,10 @@ class NodeAgent:
             **program_environment(self.plan, node, str(self.files.node_dir(node.attempt, node.index))),
             **secret_values(self.plan.secrets, home_file(SECRETS_FILE)),
         }
-        if node.index == 0 and self.files.stop_request.exists():
-            self.files.stop_request.unlink()
+        if node.index == 0:
+            self._forget_earlier_attempts()
         if self.plan.container is not None:
+            node = replace(node, gpu_uuids=gpu_uuids(self.plan))
             self._enter(node, "image")
             containers.ensure_image(self.plan)
             lines = "".join(f"{name}={value}\n" for name, value in sorted(environment.items()))
@@ -89,23 +95,43 @@ class NodeAgent:
         with open(self.files.node_dir(node.attempt, node.index) / "node.log", "ab") as log:
             return self._train(node, environment, log)
 
+    def _forget_earlier_attempts(self) -> None:
+        """How they ended must not be taken for how this one does. No rank is there before node 0's launcher."""
+        for path in (self.files.stop_request, self.files.outcome, *self.files.errors.glob("rank-*.json")):
+            path.unlink(missing_ok=True)
+
     def _train(self, node: NodeFacts, environment: dict[str, str], log: IO[bytes]) -> int:
+        if self.signals:  # asked to stop before there is anything to save
+            self.stopped_by = self.signals[0]
+            return 128 + self.stopped_by
         self._enter(node, "training")
-        agent = os.getpid()
-        process = subprocess.Popen(
-            run_argv(self.plan, node),
-            cwd=str(self.files.code),
-            env={**inherited_environment(os.environ), **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=lambda: process_tree.end_with_parent(agent),
-        )
-        while process.poll() is None:
+        process = self._start(run_argv(self.plan, node), environment, log)
+        # what got a request together with the program, as a child of a shell does, may take as long to save
+        while process.poll() is None or (self.stopped_by and process_tree.group_exists(process.pid)):
             self._pass_on_requests(node, process)
+            process_tree.reap(but=process.pid)
             time.sleep(POLL_S)
         return self._exit_code(process.returncode)
+
+    def _start(self, argv: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Start the program in a session and process group of its own.
+
+        The trainer does not start among the user's files: one called queue.py would be imported in place of Python's.
+        """
+        agent = os.getpid()
+        try:
+            return subprocess.Popen(
+                argv,
+                cwd=str(self.files.code if self.plan.trainer is None else self.files.root),
+                env={**inherited_environment(os.environ), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: process_tree.end_with_parent(agent),
+            )
+        except OSError as error:
+            raise NodeError(f"{argv[0]} cannot be run on this node: {error.strerror}") from error
 
     def _pass_on_requests(self, node: NodeFacts, process: subprocess.Popen[bytes]) -> None:
         """A first signal asks for a checkpoint; a second one, or the deadline, ends the program."""
@@ -119,7 +145,9 @@ class NodeAgent:
             elif number != signal.SIGUSR2:
                 self.deadline = time.monotonic()
         if self.deadline is not None and time.monotonic() >= self.deadline:
-            append_event(self.files.events(node.name), "killed", attempt=node.attempt, message="did not stop in time")
+            if not self.killed:
+                append_event(self.files.events(node.name), "killed", attempt=node.attempt)
+            self.killed = True
             process_tree.end_all(lambda: process_tree.descendants(os.getpid()), GRACE_OF_STRAGGLERS_S)
 
     def _ask_to_stop(self, number: int, process: subprocess.Popen[bytes]) -> None:
@@ -127,7 +155,7 @@ class NodeAgent:
         grace = LEAD_USED * self.plan.signal_lead_s if number == signal.SIGUSR2 else GRACE_AFTER_TERM_S
         self.deadline = time.monotonic() + grace
         if self.plan.trainer is None:
-            process_tree.send([process.pid], number)
+            process_tree.send_to_group(process.pid, number)
         else:
             # torchrun would give its ranks 30 s after SIGTERM, and passes USR2 on to nobody
             write_text(self.files.stop_request, "")
@@ -161,6 +189,7 @@ class NodeAgent:
             "attempt": node.attempt,
             "exit_code": code,
             "stopped_by": signal.Signals(self.stopped_by).name if self.stopped_by else None,
+            "killed": self.killed,
             "clean": clean,
             "started": self.started,
             "ended": time.time(),

@@ -38,16 +38,23 @@ def descendants(pid: int) -> list[int]:
 
 
 def processes_of_run(run_id: str) -> list[int]:
-    """Processes of this user that carry the run's id in their environment; zombies have none."""
-    wanted = f"{RUN_VARIABLE}={run_id}".encode()
-    found = []
-    for entry in _listed(Path("/proc")):
-        try:
-            if entry.name.isdigit() and wanted in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+    """Processes of this user that carry the run's id in their environment, and all below them; not this one."""
+    numbers = [int(entry.name) for entry in _listed(Path("/proc")) if entry.name.isdigit()]
+    carriers = [pid for pid in numbers if carries(pid, run_id)]
+    found = dict.fromkeys(carriers)
+    for pid in carriers:
+        found.update(dict.fromkeys(descendants(pid)))
+    found.pop(os.getpid(), None)
+    return list(found)
+
+
+def carries(pid: int, run_id: str) -> bool:
+    """Whether a process has the run's id in its environment; a zombie has none, nor has one that is not ours."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return f"{RUN_VARIABLE}={run_id}".encode() in variables
 
 
 def send(pids: list[int], number: int) -> None:
@@ -74,15 +81,35 @@ def end_all(find: Callable[[], list[int]], grace_s: float) -> bool:
     return not find()
 
 
-def reap() -> None:
-    """Collect adopted children that have ended. Steals the status of a child that a Popen still waits for."""
+def reap(but: int = 0) -> None:
+    """Collect adopted children that have ended, but for the one whose status a Popen still waits for."""
     while True:
         try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if pid == 0:
+        if ended is None or ended.si_pid == but:
             return
+        os.waitpid(ended.si_pid, 0)
+
+
+def group_exists(group: int) -> bool:
+    """Whether a process of this process group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def send_to_group(group: int, number: int) -> None:
+    """Signal a process group; one that has ended is passed over."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):
+        return
 
 
 def _children(pid: int) -> list[int]:

@@ -21,12 +21,8 @@ class NodeError(Exception):
     """This node cannot run the job; the message says what is wrong and what to do."""
 
 
-def node_facts(plan: LaunchPlan, files: RunLayout, environment: Mapping[str, str]) -> NodeFacts:
-    """The facts of this node and attempt; makes the attempt's folder.
-
-    Raises:
-        NodeError: the GPUs of this step are not those of the plan.
-    """
+def node_facts(files: RunLayout, environment: Mapping[str, str]) -> NodeFacts:
+    """The facts of this node and attempt but for its GPUs; makes the attempt's folder."""
     index = int(environment.get("SLURM_NODEID", "0"))
     attempt = int(environment["CPM_ATTEMPT"]) if "CPM_ATTEMPT" in environment else next_attempt(files)
     folder = files.node_dir(attempt, index)
@@ -38,7 +34,7 @@ def node_facts(plan: LaunchPlan, files: RunLayout, environment: Mapping[str, str
         attempt=attempt,
         master_address=environment.get("CPM_MASTER_ADDR", LOOPBACK),
         master_port=environment.get("CPM_MASTER_PORT") or str(free_port()),
-        gpu_uuids=gpu_uuids(plan) if plan.container else (),
+        gpu_uuids=(),
         environment_file=str(folder / "environment"),
         container_id_file=str(folder / "container.id"),
     )
@@ -58,7 +54,11 @@ def free_port() -> int:
 
 
 def gpu_uuids(plan: LaunchPlan) -> tuple[str, ...]:
-    """UUIDs of this step's GPUs, from `nvidia-smi -L`: `GPU 0: NVIDIA A100 (UUID: GPU-…)`."""
+    """UUIDs of this step's GPUs, from `nvidia-smi -L`: `GPU 0: NVIDIA A100 (UUID: GPU-…)`.
+
+    Raises:
+        NodeError: they are not as many as in the plan.
+    """
     if not plan.gpus_per_node:
         return ()
     try:

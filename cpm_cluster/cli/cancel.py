@@ -17,17 +17,23 @@ from cpm_cluster.schedulers import open_scheduler
 
 @click.command(
     "cancel",
-    epilog="\b\nExample:\n  cpm cancel quickstart-20261125-101500-a1b2",
+    epilog="\b\nExamples:\n  cpm cancel                   the newest run\n"
+    "  cpm cancel quickstart-2026   by the beginning of its id",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @options.run_name
 @options.runs_dir
 @options.as_json
 def command(run: str | None, runs_dir: Path, as_json: bool) -> int:
-    """End RUN (default: the newest). The trainer saves first, if it can within half a minute."""
+    """End RUN (default: the newest).
+
+    The trainer saves first, if it can within half a minute; a second cancel does not wait for that.
+    """
     found = find_run(runs_dir, run)
     was = current_state(found)
     if not was.ended:
+        if not as_json:
+            click.echo(f"cancelling {found.id}; the trainer saves first, which may take half a minute", err=True)
         cancel_run(found)
     state = current_state(found)
     settle(found, state)
@@ -42,7 +48,7 @@ def cancel_run(run: Run) -> None:
     """Record the wish, then have the scheduler fulfil it; raises RunError for a run that was never submitted."""
     submission = read_submission(run)
     if submission is None:
-        raise RunError(f"{run.id} was prepared with --export; cancel its job with scancel")
+        raise RunError(f"{run.id} was never submitted by cpm-submit; end a job that runs its script with scancel")
     write_json(run.files.cancel_request, {"time": time.time()})
     append_event(run.files.events("submitter"), "cancel")
     open_scheduler(submission.scheduler).cancel(run, submission)

@@ -49,7 +49,7 @@ def _lines(prepared: Prepared) -> Iterator[str]:
     else:
         yield from _section("Every node runs, held by the node agent", wrapped(run_argv(plan, SYMBOLIC_NODE)))
     yield from _section("Environment of the training", map(_variable, plan.environment))
-    yield from _section("The same by hand, with a shell in place of the program", by_hand(plan))
+    yield from _section("The same by hand on one node, with a shell in place of the program", by_hand(plan))
 
 
 def _section(title: str, lines: Any, indent: str = "  ") -> Iterator[str]:
@@ -62,9 +62,9 @@ def _section(title: str, lines: Any, indent: str = "  ") -> Iterator[str]:
 
 def _demand(demand: Demand) -> str:
     have = f" of {format_size(demand.capacity_bytes)}" if demand.capacity_bytes is not None else ""
-    size = f"at least {format_size(demand.lower_bytes)}{have} for each {demand.per}"
+    size = f"{demand.size} for each {demand.per}{have}"
     parts = ", ".join(f"{c.name} {format_size(c.bytes)}" for c in demand.components)
-    return f"{demand.resource:<11} {demand.verdict}: {size} {demand.instant} ({parts})"
+    return f"{demand.resource:<11} {demand.verdict}: {size}, {demand.instant} ({parts})"
 
 
 def _variable(setting: Any) -> str:

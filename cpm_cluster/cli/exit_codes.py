@@ -13,3 +13,4 @@ Exit codes: 0 done; 1 the run failed; 2 something to correct in the job file, th
 3 not possible on this machine; 4 the job does not fit; 85 stopped with a checkpoint; 130 interrupted or
 cancelled. A run that is followed gives its own code.
 """
+EPILOG = f"\b\n{MEANINGS}"

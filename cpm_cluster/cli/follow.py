@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
 from typing import Protocol
 
 import click
@@ -14,12 +13,14 @@ from cpm_cluster.cli import exit_codes
 from cpm_cluster.cli.cancel import cancel_run
 from cpm_cluster.cli.progress_line import progress_line
 from cpm_cluster.cli.summary import summary
-from cpm_cluster.cli.watch import current_state, settle
+from cpm_cluster.cli.watch import as_data, current_state, settle
 from cpm_cluster.runs.run import Run
 from cpm_cluster.runs.state import State
 
 POLL_S = 0.5
 SECONDS_BETWEEN_LINES = 5.0
+# What alternates while a run trains is no news.
+TRAINING = ("training", "saving", "evaluating")
 
 
 class View(Protocol):
@@ -32,11 +33,16 @@ class View(Protocol):
         """Leave the terminal to a question."""
 
 
-def follow(run: Run, as_json: bool) -> int:
-    """Watch a run until it ends, or until the user leaves it; the exit code is the run's own."""
+def follow(run: Run, as_json: bool, ask_at_once: bool = False) -> int:
+    """Watch a run until it ends, or until the user leaves it; the exit code is the run's own.
+
+    `ask_at_once` is for a Ctrl-C that came while the run was started.
+    """
     view = _open_view(run, as_json)
-    state = _watch(run, view)
-    view.pause()
+    try:
+        state = _watch(run, view, ask_at_once)
+    finally:
+        view.pause()
     if not state.ended:
         click.echo(
             f"{run.id} goes on\n  follow it: cpm logs -f {run.id}\n  end it:    cpm cancel {run.id}", err=as_json
@@ -44,8 +50,7 @@ def follow(run: Run, as_json: bool) -> int:
         return exit_codes.INTERRUPTED
     verdict = settle(run, state)
     if as_json:
-        data = {"run": run.id, "run_dir": str(run.files.root), **asdict(state)}
-        click.echo(json.dumps({**data, "verdict": asdict(verdict) if verdict else None}, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(as_data(run, state, verdict), indent=1, ensure_ascii=False))
     else:
         click.echo(summary(run, state, verdict))
     return _exit_code(state)
@@ -59,34 +64,43 @@ def _exit_code(state: State) -> int:
     return state.exit_code or exit_codes.FAILED
 
 
-def _watch(run: Run, view: View) -> State:
+def _watch(run: Run, view: View, ask: bool) -> State:
     while True:
         try:
+            if ask:
+                raise KeyboardInterrupt
             state = current_state(run)
             view.show(state)
             if state.ended:
                 return state
             time.sleep(POLL_S)
         except KeyboardInterrupt:
-            view.pause()
-            if _leave_it_running():
+            ask = False
+            if _leave_it_running(view):
                 return current_state(run)
-            click.echo("cancelling; the trainer saves first, which may take half a minute", err=True)
-            cancel_run(run)
+            _cancel(run)
 
 
-def _leave_it_running() -> bool:
-    """The user's choice; a second Ctrl-C means cancel. Without a terminal nobody can be asked: it goes on."""
-    if not sys.stdin.isatty():
-        return True
+def _cancel(run: Run) -> None:
+    """A further Ctrl-C does not wait for the end: what was asked for happens all the same."""
     try:
-        click.echo()
-        choice = click.prompt(
-            "Leave it running, or cancel it?", type=click.Choice(["leave", "cancel"]), default="leave", err=True
-        )
-    except (click.Abort, KeyboardInterrupt):
+        click.echo("\ncancelling; the trainer saves first, which may take half a minute", err=True)
+        cancel_run(run)
+    except KeyboardInterrupt:
+        click.echo(f"it is being cancelled; cpm status {run.id} says when it has ended", err=True)
+        raise
+
+
+def _leave_it_running(view: View) -> bool:
+    """The user's choice; a second Ctrl-C means cancel. Where nobody can answer it goes on."""
+    try:
+        view.pause()
+        if not sys.stdin.isatty():
+            return True
+        click.echo("\nLeave it running, or cancel it (Ctrl-C again)? [leave] ", nl=False, err=True)
+        return not sys.stdin.readline().strip().lower().startswith("c")
+    except KeyboardInterrupt:
         return False
-    return bool(choice == "leave")
 
 
 def _open_view(run: Run, as_json: bool) -> View:
@@ -119,11 +133,12 @@ class _Lines:
         step = int((state.progress or {}).get("step", -1))
         now = time.monotonic()
         due = now - self._shown_at >= SECONDS_BETWEEN_LINES and step != self._shown[1]
-        if state.ended or not (state.phase != self._shown[0] or due):
+        phase = TRAINING[0] if state.phase in TRAINING else state.phase
+        if state.ended or not (phase != self._shown[0] or due):
             return
-        self._shown, self._shown_at = (state.phase, step), now
+        self._shown, self._shown_at = (phase, step), now
         progress = progress_line(state.progress) if state.progress and step > 0 else ""
-        click.echo(f"  {state.phase or state.name:<11} {progress}".rstrip())
+        click.echo(f"  {phase or state.name:<10} {progress}".rstrip())
 
     def pause(self) -> None:
         """Lines stay where they are."""

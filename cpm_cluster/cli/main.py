@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ VERBS = {
     "cancel": "end a run",
     "resume": "go on from a run's newest checkpoint",
     "runs": "list runs",
+    "sandbox": "a Slurm cluster on this one machine",
     "schema": "JSON Schema of what people write",
 }
 
@@ -31,9 +33,9 @@ class Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         if cmd_name not in VERBS:
-            return None
+            raise click.UsageError(_no_verb(cmd_name), ctx)
         command: click.Command = import_module(f"cpm_cluster.cli.{cmd_name}").command
         return command
 
@@ -42,7 +44,15 @@ class Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def _no_verb(word: str) -> str:
+    from cpm_cluster.specs.problems import did_you_mean, quoted
+
+    if word.endswith((".yaml", ".yml")):
+        return f"{quoted(word)} is no verb; to run that job: cpm submit {word}"
+    return f"{quoted(word)} is no verb{did_you_mean(word, VERBS)}"
+
+
+@click.group(cls=Verbs, epilog=exit_codes.EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(cpm_cluster.__version__, prog_name="cpm")
 def cli() -> None:
     """Launch, follow and explain training runs of language models, on Slurm and on this machine.
@@ -51,6 +61,7 @@ def cli() -> None:
     cpm submit jobs/quickstart.yaml            train a small model here
     cpm submit jobs/lora_100b.yaml --dry-run   see what a cluster would run
     cpm status                                 the newest run
+    cpm VERB --help                            what a verb does, with examples
     """
 
 
@@ -65,35 +76,58 @@ def submit_main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(command: click.Command, arguments: Sequence[str] | None) -> None:
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments) or (["--help"] if command is cli else [])
+    stdout = sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 has no bar for the loss curve
     try:
         code = command.main(words, standalone_mode=False)
     except click.exceptions.Abort:
         code = exit_codes.INTERRUPTED
     except click.ClickException as error:
-        error.show()
-        code = exit_codes.BAD_INPUT
+        code = _report_usage(error, "--json" in words)
     except KeyboardInterrupt:
         code = exit_codes.INTERRUPTED
-    except BrokenPipeError:
-        # the reader (head, less) has gone; Python would complain about stdout once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = exit_codes.OK
+    except SystemExit as error:
+        # when the reader (head, less) has gone, click replaces stdout and ends with 1; it is no failure of ours
+        code = error.code if sys.stdout is stdout else exit_codes.OK
     except Exception as error:  # noqa: BLE001 - the one place that turns any failure into a sentence and a code
         code = _report(error, "--json" in words)
     sys.exit(code if isinstance(code, int) else exit_codes.OK)
+
+
+def _report_usage(error: click.ClickException, as_json: bool) -> int:
+    """Say what is wrong with the command line."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if as_json:
+        _echo_json(error.format_message())
+    else:
+        hint = f"\n  {context.command_path} --help shows what there is" if context else ""
+        click.echo(f"error: {error.format_message()}{hint}", err=True)
+    return exit_codes.BAD_INPUT
 
 
 def _report(error: Exception, as_json: bool) -> int:
     """Say what is wrong, without a traceback, and return the exit code."""
     for known, code, details in _known_errors():
         if isinstance(error, known):
+            text = _os_error(error) if isinstance(error, OSError) else str(error)
             if as_json:
-                click.echo(json.dumps({"error": str(error), **details(error)}, ensure_ascii=False, indent=1))
+                _echo_json(text, **details(error))
             else:
-                click.echo(f"error: {error}" if "\n" not in str(error) else str(error), err=True)
+                click.echo(f"error: {text}" if "\n" not in text else text, err=True)
             return code
     return _report_defect(error)
+
+
+def _echo_json(text: str, **details: Any) -> None:
+    click.echo(json.dumps({"error": text, **details}, ensure_ascii=False, indent=1))
+
+
+def _os_error(error: OSError) -> str:
+    """`path: No space left on device`, not `[Errno 28] …`."""
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
 
 
 def _report_defect(error: Exception) -> int:
@@ -111,6 +145,7 @@ def _report_defect(error: Exception) -> int:
 def _known_errors() -> list[tuple[type[Exception], int, Callable[[Any], dict[str, Any]]]]:
     from cpm_cluster.runs.run import RunError
     from cpm_cluster.runs.snapshot import SnapshotError
+    from cpm_cluster.sandbox.state import SandboxError
     from cpm_cluster.schedulers import SchedulerError
     from cpm_cluster.specs.problems import SpecError
 
@@ -119,6 +154,7 @@ def _known_errors() -> list[tuple[type[Exception], int, Callable[[Any], dict[str
         (RunError, exit_codes.BAD_INPUT, lambda error: {}),
         (SnapshotError, exit_codes.BAD_INPUT, lambda error: {}),
         (SchedulerError, exit_codes.UNAVAILABLE, lambda error: {}),
+        (SandboxError, exit_codes.UNAVAILABLE, lambda error: {}),
         (OSError, exit_codes.UNAVAILABLE, lambda error: {}),
     ]
 

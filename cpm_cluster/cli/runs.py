@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 
 from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.cli.progress_line import progress_line
-from cpm_cluster.cli.watch import current_state
-from cpm_cluster.runs.run import all_runs
+from cpm_cluster.cli.watch import as_data, current_state, settle
+from cpm_cluster.runs.run import Run, all_runs
+from cpm_cluster.runs.state import State
+from cpm_cluster.schedulers import SchedulerError
 
 
 @click.command(
     "runs",
-    epilog="\b\nExamples:\n  cpm runs\n  cpm runs --json | jq -r '.[] | select(.name == \"failed\") | .run'",
+    epilog="\b\nExamples:\n  cpm runs\n  cpm runs --json | jq -r '.[] | select(.state == \"failed\") | .run'",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many, newest first.")
@@ -24,16 +27,37 @@ from cpm_cluster.runs.run import all_runs
 @options.as_json
 def command(limit: int, runs_dir: Path, as_json: bool) -> int:
     """List runs, the newest first."""
-    rows = [(run, current_state(run)) for run, _ in zip(all_runs(runs_dir), range(limit), strict=False)]
+    rows = [(run, _state(run)) for run in islice(all_runs(runs_dir), limit)]
     if as_json:
-        data = [{"run": run.id, "run_dir": str(run.files.root), **asdict(state)} for run, state in rows]
+        data = [_as_data(run, state) for run, state in rows]
         click.echo(json.dumps(data, indent=1, ensure_ascii=False))
         return exit_codes.OK
     width = max((len(run.id) for run, _ in rows), default=0)
     for run, state in rows:
-        click.echo(
-            f"{run.id:<{width}}  {state.name:<9}  {progress_line(state.progress) if state.progress else ''}".rstrip()
-        )
+        click.echo(f"{run.id:<{width}}  {_described(run, state)}".rstrip())
     if not rows:
-        click.echo(f"no runs in {runs_dir}", err=True)
+        click.echo(f"no runs in {runs_dir}; cpm-submit JOB makes one, --runs-dir looks elsewhere", err=True)
     return exit_codes.OK
+
+
+def _state(run: Run) -> State | str:
+    """One run that only another machine knows about must not hide the others: its state is why it is not known."""
+    try:
+        return current_state(run)
+    except SchedulerError as error:
+        return str(error)
+
+
+def _as_data(run: Run, state: State | str) -> dict[str, Any]:
+    if isinstance(state, State):
+        return as_data(run, state, settle(run, state))
+    return {"run": run.id, "run_dir": str(run.files.root), "state": "unknown", "why": state}
+
+
+def _described(run: Run, state: State | str) -> str:
+    if isinstance(state, str):
+        return f"unknown    {state}"
+    verdict = settle(run, state)
+    why = f"({verdict.category})" if verdict and verdict.category != state.name else ""
+    progress = progress_line(state.progress) if state.progress else ""
+    return f"{state.name:<9}  {' '.join(filter(None, (progress, why)))}"

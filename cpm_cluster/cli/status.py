@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.cli.progress_line import progress_line
-from cpm_cluster.cli.watch import current_state, settle
+from cpm_cluster.cli.watch import as_data, current_state, settle
 from cpm_cluster.runs.run import find_run
 
 
@@ -29,12 +28,12 @@ def command(run: str | None, runs_dir: Path, as_json: bool) -> int:
     state = current_state(found)
     verdict = settle(found, state)
     if as_json:
-        data = {"run": found.id, "run_dir": str(found.files.root), **asdict(state)}
-        click.echo(json.dumps({**data, "verdict": asdict(verdict) if verdict else None}, indent=1, ensure_ascii=False))
+        click.echo(json.dumps(as_data(found, state, verdict), indent=1, ensure_ascii=False))
         return exit_codes.OK
     code = "" if state.exit_code is None else f", exit code {state.exit_code}"
     phase = f", {state.phase}" if state.phase and not state.ended else ""
-    click.echo(f"{found.id}: {state.name}{phase}{code} (attempt {state.attempt})")
+    attempt = f" (attempt {state.attempt})" if state.attempt else ""
+    click.echo(f"{found.id}: {state.name}{phase}{code}{attempt}")
     if state.progress:
         click.echo("  " + progress_line(state.progress))
     if verdict:

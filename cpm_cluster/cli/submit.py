@@ -26,14 +26,13 @@ Examples:
   cpm-submit jobs/lora_100b.yaml --explain docker.shm-size     who set a value, and why
   cpm-submit jobs/lora_10b.yaml --set training.lr=2e-4 --set slurm.nodelist=g2003 --detach
 
-\b
 """
-    + exit_codes.MEANINGS
+    + exit_codes.EPILOG
 )
 
 
 @click.command("submit", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("job", type=click.Path(path_type=Path))
+@click.argument("job", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the job: training.lr=1e-4."
 )
@@ -121,6 +120,9 @@ def _export(prepared: Prepared, job: Path, target: Path, as_json: bool) -> int:
 
     if prepared.plan.scheduler != "slurm":
         raise click.UsageError(f"--export writes Slurm scripts, but cluster {prepared.spec.cluster_name} has no Slurm")
+    folder = target.absolute().parent
+    if not os.access(folder, os.W_OK):
+        raise click.UsageError(f"--export {target}: {folder} is no folder that you can write to")
     run = make_run(prepared, job)
     write_text(target, run.files.script.read_text(encoding="utf-8"), 0o755)
     if as_json:
@@ -131,17 +133,10 @@ def _export(prepared: Prepared, job: Path, target: Path, as_json: bool) -> int:
 
 
 def _submit(prepared: Prepared, job: Path, detach: bool, as_json: bool) -> int:
-    from cpm_cluster.cli.follow import follow
     from cpm_cluster.cli.make_run import make_run
-    from cpm_cluster.runs.run import write_submission
+    from cpm_cluster.cli.start import start
     from cpm_cluster.schedulers import open_scheduler
 
     scheduler = open_scheduler(prepared.plan.scheduler)
-    scheduler.require()
-    run = make_run(prepared, job)
-    write_submission(run, scheduler.submit(run))
-    if detach:
-        text = json.dumps({"run": run.id, "run_dir": str(run.files.root)}) if as_json else run.id
-        click.echo(text)
-        return exit_codes.OK
-    return follow(run, as_json)
+    scheduler.require(prepared.plan)
+    return start(make_run(prepared, job), scheduler, detach, as_json)

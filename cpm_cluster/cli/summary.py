@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from cpm_cluster.cli.progress_line import progress_line
 from cpm_cluster.diagnosis.verdict import Verdict
+from cpm_cluster.runs.records import read_lines
 from cpm_cluster.runs.run import Run
 from cpm_cluster.runs.state import State
 from cpm_cluster.specs.problems import printable
@@ -24,9 +23,8 @@ def summary(run: Run, state: State, verdict: Verdict | None) -> str:
 
 
 def _lines(run: Run, state: State, verdict: Verdict | None) -> Iterator[str]:
-    metrics = _jsonl(run.files.root / "metrics.jsonl")
-    yield from _curve(metrics)
-    yield from _samples(_jsonl(run.files.root / "samples.jsonl"))
+    yield from _curve(read_lines(run.files.root / "metrics.jsonl"))
+    yield from _samples(read_lines(run.files.root / "samples.jsonl"))
     yield ""
     code = "" if state.exit_code in (None, 0) else f" (exit code {state.exit_code})"
     yield f"{run.id}: {state.name}{code}"
@@ -35,7 +33,7 @@ def _lines(run: Run, state: State, verdict: Verdict | None) -> Iterator[str]:
     elif state.progress:
         yield f"  {progress_line(state.progress)}"
     yield f"  run directory:  {run.files.root}"
-    yield f"  log of rank 0:  cpm logs {run.id}"
+    yield f"  {'log of rank 0:' if run.plan.trainer else 'log:':<14}  cpm logs {run.id}"
     if (run.files.root / "tb").is_dir():
         yield f"  curves:         tensorboard --logdir {run.files.root / 'tb'}"
     if (run.files.root / "weights").is_dir():
@@ -48,7 +46,7 @@ def _curve(metrics: list[dict[str, Any]]) -> Iterator[str]:
         return
     count = min(ROWS_OF_CURVE, len(metrics))
     chosen = [metrics[round(i * (len(metrics) - 1) / (count - 1))] for i in range(count)]
-    highest = max(row["loss"] for row in chosen)
+    highest = max(row["loss"] for row in chosen) or 1.0  # a loss may have come down to 0
     yield ""
     yield "  step   loss"
     for row in chosen:
@@ -66,11 +64,3 @@ def _samples(samples: list[dict[str, Any]]) -> Iterator[str]:
             when = "before" if row["step"] == 0 else f"after {row['step']} steps"
             yield f"  {when}:"
             yield from textwrap.wrap(printable(row["text"]), 96, initial_indent="    ", subsequent_indent="    ")
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,47 +11,70 @@ from typing import Any
 from cpm_cluster.diagnosis.verdict import Evidence, Verdict
 from cpm_cluster.runs.records import read_events, read_json
 from cpm_cluster.runs.run import Run
-from cpm_cluster.runs.state import State
+from cpm_cluster.runs.state import State, exit_records
+from cpm_cluster.specs.problems import printable, shortened
 
-SIGKILL_CODE = 137
+# How a rank dies that cannot say so itself. SIGABRT is left out: C++ ends with it after telling another error.
+DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+# torchrun's summary (torch/distributed/elastic/multiprocessing/errors): `rank : 1 (local_rank: 1)`, `exitcode : -9 …`.
+RANK_ENDED = re.compile(r"^\s*rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+) ", re.MULTILINE)
+LINE_LIMIT = 1000
+
+Rule = Callable[[Run, State], "Verdict | None"]
 
 
 def diagnose(run: Run, state: State) -> Verdict | None:
     """Why a run ended; None while it goes on, and where it finished."""
     if not state.ended or state.name == "finished":
         return None
-    rules: tuple[Callable[[Run, State], Verdict | None], ...] = (_cancelled, _stopped, _rank_error, _node_error, _lost)
-    verdicts = (rule(run, state) for rule in rules)
-    return next((verdict for verdict in verdicts if verdict), None) or _exit_code(run, state)
-
-
-def _resume(run: Run, state: State) -> str:
-    step = (state.progress or {}).get("checkpoint_step")
-    from_where = f"from the checkpoint of step {step}" if step else "from the beginning: there is no checkpoint"
-    return f"cpm resume {run.id} goes on {from_where}"
+    return next(verdict for rule in RULES if (verdict := rule(run, state)))
 
 
 def _cancelled(run: Run, state: State) -> Verdict | None:
     if state.name != "cancelled":
         return None
-    return Verdict("cancelled", "It was cancelled on request.", False, _resume(run, state))
+    return Verdict("cancelled", "It was cancelled on request.", False, _resume(run))
 
 
 def _stopped(run: Run, state: State) -> Verdict | None:
     if state.name != "stopped":
         return None
-    return Verdict("time limit", "It saved and stopped before its time limit.", True, _resume(run, state))
+    return Verdict("time limit", "It saved and stopped before its time limit.", True, _resume(run))
+
+
+def _lost(run: Run, state: State) -> Verdict | None:
+    if state.name != "lost":
+        return None
+    cause = "Its node agent ended without recording how: it was killed, or the machine went down."
+    return Verdict("lost", cause, True, _resume(run))
+
+
+def _killed_rank(run: Run, state: State) -> Verdict | None:
+    """A rank that was killed: the others record errors, such as a closed connection, that only follow from it."""
+    if _stop_signal(run, state):
+        return None
+    for log in sorted(run.files.root.glob(f"attempt-{state.attempt}/node-*/node.log")):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        for found in RANK_ENDED.finditer(text):
+            rank, number = int(found[1]), -int(found[2])
+            if number in DEADLY:
+                line = text.count("\n", 0, found.start(2)) + 1
+                evidence = (Evidence(_inside(run, log), line, f"rank {rank} exitcode {-number}"),)
+                return _killed(run, f"Rank {rank} was", number, evidence, rank)
+    return None
 
 
 def _rank_error(run: Run, state: State) -> Verdict | None:
     records = [(path, record) for path in run.files.errors.glob("rank-*.json") if (record := read_json(path))]
-    if not records or state.name == "lost":
+    if not records:
         return None
     path, first = min(records, key=lambda pair: float(pair[1].get("time", 0)))
-    evidence = (_from_record(run, path, first),)
-    rank, message = int(first.get("rank", 0)), str(first.get("message"))
+    rank, message = int(first.get("rank", 0)), _one_line(first.get("message"))
     if first.get("user_error"):
-        return Verdict("user error", f"Rank {rank} refused: {message}.", False, "correct it", evidence, rank=rank)
+        remedy = f"correct the data, then {_resume(run)}; a corrected job is submitted anew"
+        return Verdict("user error", f"The trainer refused: {message}.", False, remedy, rank=rank)
+    where = f", raised at {first['file']}:{first['line']}" if first.get("file") else ""
+    evidence = (Evidence(_inside(run, path), 0, f"{first.get('type')}{where}"),)
     if first.get("type") == "FloatingPointError":
         remedy = "lower training.lr, raise training.warmup_steps, or look at the data of that step"
         return Verdict("diverged", f"The training diverged: {message}.", False, remedy, evidence, rank=rank)
@@ -57,43 +82,100 @@ def _rank_error(run: Run, state: State) -> Verdict | None:
     return Verdict("program", cause, False, f"see cpm logs {run.id} --rank {rank}", evidence, rank=rank)
 
 
-def _from_record(run: Run, path: Path, record: dict[str, Any]) -> Evidence:
-    where = f", raised at {record['file']}:{record['line']}" if record.get("file") else ""
-    return Evidence(str(path.relative_to(run.files.root)), 0, f"{record.get('type')}{where}")
-
-
 def _node_error(run: Run, state: State) -> Verdict | None:
-    events = read_events(run.files.root / "events")
-    errors = [e for e in events if e["kind"] == "error" and e.get("attempt") == state.attempt]
-    if not errors:
+    errors = [e for e in read_events(run.files.root / "events") if e["kind"] == "error"]
+    of_attempt = [e for e in errors if e.get("attempt") == state.attempt]
+    if not of_attempt:
         return None
-    node, message = errors[0]["writer"], str(errors[0]["message"])
-    evidence = (Evidence(f"events/{node}.jsonl", 0, message),)
-    return Verdict("node", f"Node {node} could not run it: {message}.", False, "mend it there", evidence, node=node)
+    node, message = of_attempt[0]["writer"], _one_line(of_attempt[0].get("message"))
+    evidence = (Evidence(f"events/{node}.jsonl", 0, "error"),)
+    cause = f"Node {node} could not run it: {message}."
+    return Verdict("node", cause, False, f"mend it there, then {_resume(run)}", evidence, node=node)
 
 
-def _lost(run: Run, state: State) -> Verdict | None:
-    if state.name != "lost":
+def _told_to_stop(run: Run, state: State) -> Verdict | None:
+    """A warning of the time limit, or a signal that no cpm cancel sent, that the program did not answer with 85."""
+    number = _stop_signal(run, state)
+    if not number:
         return None
-    cause = "Its node agent ended without recording how: it was killed, or the machine went down."
-    return Verdict("lost", cause, True, _resume(run, state))
+    late = any(record.get("killed") for record in exit_records(run, state.attempt))
+    how = "did not end in time and was killed" if late else f"ended with code {state.exit_code}"
+    evidence = _last_line(run, state)
+    if number == "SIGUSR2":
+        cause = f"It was asked to stop before its time limit, and {how}."
+        return Verdict("time limit", cause, True, f"lengthen signal_lead or time_limit; {_resume(run)}", evidence)
+    cause = f"It was told to end ({number}) by something else than cpm cancel, and {how}."
+    return Verdict("terminated", cause, True, _resume(run), evidence)
 
 
-def _exit_code(run: Run, state: State) -> Verdict:
-    code = state.exit_code or 0
-    log = run.files.node_dir(state.attempt, 0) / "node.log"
-    evidence = _last_line(run, log)
-    if code == SIGKILL_CODE:
-        cause = "It was killed with SIGKILL, most often for using too much host memory."
-        return Verdict("killed", cause, False, "ask for more resources.memory_per_node", evidence)
-    cause = f"The program ended with code {code}" + (f" (signal {code - 128})." if 128 < code < 160 else ".")
-    return Verdict("program", cause, False, f"see cpm logs {run.id}", evidence)
+def _exit_code(run: Run, state: State) -> Verdict | None:
+    code, evidence = state.exit_code or 0, _last_line(run, state)
+    if code - 128 in DEADLY:
+        subject = "The launcher (torchrun) was" if run.plan.program.launcher == "torchrun" else "The program was"
+        return _killed(run, subject, code - 128, evidence)
+    name = f" ({_signal_name(code - 128)})" if _signal_name(code - 128) else ""
+    return Verdict("program", f"The program ended with code {code}{name}.", False, f"see cpm logs {run.id}", evidence)
 
 
-def _last_line(run: Run, log: Path) -> tuple[Evidence, ...]:
+RULES: tuple[Rule, ...] = (
+    _cancelled,
+    _stopped,
+    _lost,
+    _killed_rank,
+    _rank_error,
+    _node_error,
+    _told_to_stop,
+    _exit_code,
+)
+
+
+def _killed(run: Run, subject: str, number: int, evidence: tuple[Evidence, ...], rank: int | None = None) -> Verdict:
+    name = _signal_name(number)
+    if number == signal.SIGKILL:
+        cause = f"{subject} killed ({name}) by somebody, or by the kernel for lack of host memory."
+        remedy = f"look for `Out of memory` in dmesg, then raise resources.memory_per_node; else {_resume(run)}"
+        return Verdict("killed", cause, True, remedy, evidence, rank=rank)
+    option = f" --rank {rank}" if rank is not None else ""
+    cause = f"{subject} ended by a crash of native code ({name})."
+    return Verdict("crashed", cause, False, f"see the traceback in cpm logs {run.id}{option}", evidence, rank=rank)
+
+
+def _resume(run: Run) -> str:
+    if run.plan.trainer is None:
+        return f"cpm resume {run.id} starts its program again"
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        step = int((run.files.root / "checkpoints" / "latest").read_text().strip().rpartition("-")[2])
+    except (OSError, ValueError):
+        return f"cpm resume {run.id} starts from the beginning: there is no checkpoint"
+    return f"cpm resume {run.id} goes on from the checkpoint of step {step}"
+
+
+def _stop_signal(run: Run, state: State) -> str | None:
+    """The signal that asked an agent to stop."""
+    return next((str(r["stopped_by"]) for r in exit_records(run, state.attempt) if r.get("stopped_by")), None)
+
+
+def _signal_name(number: int) -> str | None:
+    return signal.Signals(number).name if number in set(signal.Signals) else None
+
+
+def _last_line(run: Run, state: State) -> tuple[Evidence, ...]:
+    """The last words of the first node's program."""
+    log = run.files.node_dir(state.attempt, 0) / "node.log"
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return ()
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    return tuple(Evidence(str(log.relative_to(run.files.root)), number, text) for number, text in numbered[-1:])
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    # a progress bar draws itself again and again on one line
+    return tuple(Evidence(_inside(run, log), n, _one_line(text.strip().split("\r")[-1])) for n, text in numbered[-1:])
+
+
+def _inside(run: Run, path: Path) -> str:
+    return str(path.relative_to(run.files.root))
+
+
+def _one_line(text: Any) -> str:
+    """The beginning of a message, safe for a terminal; its full stop is the sentence's."""
+    lines = str(text).strip().split("\n")
+    return shortened(printable(lines[0].strip()), LINE_LIMIT).rstrip(".")

@@ -8,9 +8,11 @@ from pathlib import PurePosixPath
 from cpm_cluster.launch.origins import set_by
 from cpm_cluster.launch.plan import Archive, Container, Mount
 from cpm_cluster.planner.shared_memory import shared_memory
-from cpm_cluster.specs.checks import ROOTLESS_HOST_NETWORK_SINCE, version_tuple
+from cpm_cluster.specs.checks import HIDDEN_BY_MOUNTS, ROOTLESS_HOST_NETWORK_SINCE, version_tuple
 from cpm_cluster.specs.image import Image
 from cpm_cluster.specs.job import JobSpec
+
+_OF_THE_IMAGE = HIDDEN_BY_MOUNTS | {"/home", "/root", "/tmp"}
 
 
 def container(spec: JobSpec, image: Image, runtime: str, run_dir: str, user: str) -> Container:
@@ -22,6 +24,7 @@ def container(spec: JobSpec, image: Image, runtime: str, run_dir: str, user: str
         image=image.tag,
         archive=_archive(spec, image),
         shm_bytes=None if host_ipc else size.bytes,
+        shm_set_by=set_by(spec, "container.ipc") if host_ipc else size.set_by,
         shm_why="container.ipc: host takes the node's /dev/shm" if host_ipc else size.why,
         infiniband=spec.cluster.network.infiniband,
         host_sys=runtime == "docker-rootless" and network,
@@ -46,15 +49,19 @@ def _mounts(spec: JobSpec, run_dir: str) -> Iterator[Mount]:
         yield Mount(host, target, mode == "ro", set_by(spec, f"mounts.{host}"))
     if spec.cluster.network.topology_file:
         file = spec.cluster.network.topology_file
-        yield Mount(file, file, True, "cluster")
-    for folder in _folders_read(spec):
-        if not any(folder.is_relative_to(target) for target in targets):
-            targets.append(folder)
-            yield Mount(str(folder), str(folder), True, "computed")
+        yield Mount(file, file, True, set_by(spec, "cluster.network.topology_file"))
+    for place in _places_read(spec):
+        if not any(place.is_relative_to(target) for target in targets):
+            targets.append(place)
+            yield Mount(str(place), str(place), True, "computed")
 
 
-def _folders_read(spec: JobSpec) -> list[PurePosixPath]:
-    """Folders of the files that the trainer reads, which it sees under the same path as you."""
+def _places_read(spec: JobSpec) -> list[PurePosixPath]:
+    """Folders of the files that the trainer reads, which it sees under the same path as you.
+
+    A file in a folder that the container has itself (/opt, /tmp) is mounted alone, so that it hides nothing.
+    """
     sources = [*spec.data.train, *spec.data.eval] if spec.data else []
     files = [*sources, *filter(None, [spec.init_from]), spec.tokenizer]
-    return sorted({PurePosixPath(file).parent for file in files if file.startswith("/")})
+    paths = [PurePosixPath(file) for file in files if file.startswith("/")]
+    return sorted({path if str(path.parent) in _OF_THE_IMAGE else path.parent for path in paths})

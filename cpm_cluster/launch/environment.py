@@ -9,6 +9,7 @@ from cpm_cluster.launch.plan import Setting
 from cpm_cluster.launch.slurm_options import cpus_per_node
 from cpm_cluster.specs.checks import version_tuple
 from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.specs.nccl import TORCH_NAMES_SINCE
 
 
 def environment(spec: JobSpec, package_dir: str) -> tuple[Setting, ...]:
@@ -23,7 +24,7 @@ def environment(spec: JobSpec, package_dir: str) -> tuple[Setting, ...]:
 
 def _of_cluster(spec: JobSpec) -> Iterator[Setting]:
     for name, value in spec.cluster.env.items():
-        yield Setting(name, value, "cluster", f"cluster {spec.cluster_name}, for every job there")
+        yield Setting(name, value, set_by(spec, f"cluster.env.{name}"), f"for every job on {spec.cluster_name}")
 
 
 def _of_job(spec: JobSpec) -> Iterator[Setting]:
@@ -52,19 +53,28 @@ def _threads_per_rank(spec: JobSpec) -> int:
 def _nccl(spec: JobSpec) -> Iterator[Setting]:
     network = spec.cluster.network
     yield Setting("NCCL_DEBUG", "WARN", "computed", "diagnosis reads NCCL's warnings; INFO costs log volume")
-    if network.socket_interfaces:
-        why = "the interfaces between the nodes, the same on each"
-        yield Setting("NCCL_SOCKET_IFNAME", network.socket_interfaces, "cluster", why)
-        yield Setting("GLOO_SOCKET_IFNAME", network.socket_interfaces.lstrip("=").split(",")[0], "cluster", why)
+    # Within one node NCCL finds its way, and an older rootless Docker has none of the host's interfaces.
+    if network.socket_interfaces and spec.resources.nodes > 1:
+        yield from _interfaces(network.socket_interfaces, set_by(spec, "cluster.network.socket_interfaces"))
     if network.topology_file:
-        yield Setting("NCCL_TOPO_FILE", network.topology_file, "cluster", "mounted into the container, too")
+        origin = set_by(spec, "cluster.network.topology_file")
+        yield Setting("NCCL_TOPO_FILE", network.topology_file, origin, "mounted into the container, too")
     if spec.engine != "bmtrain":
         yield from _torch_nccl(spec)
 
 
+def _interfaces(listed: str, origin: str) -> Iterator[Setting]:
+    why = "the interfaces between the nodes, the same on each"
+    yield Setting("NCCL_SOCKET_IFNAME", listed, origin, why)
+    if not listed.startswith("^"):  # Gloo takes names only, and whole ones
+        yield Setting("GLOO_SOCKET_IFNAME", listed.lstrip("=").split(",")[0], origin, why)
+
+
 def _torch_nccl(spec: JobSpec) -> Iterator[Setting]:
     """BMTrain calls NCCL itself: these would do nothing for it."""
-    new = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
     torch = version_tuple(spec.image.torch if spec.image else None)
-    name = "NCCL_ASYNC_ERROR_HANDLING" if torch and torch < (2, 2) else new
-    yield Setting(name, "1", "computed", "a broken collective ends the rank, it does not hang (name since torch 2.2)")
+    why = "a broken collective ends the rank, it does not hang; "
+    if not torch or torch >= TORCH_NAMES_SINCE:
+        yield Setting("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1", "computed", why + "the name since torch 2.2")
+    if not torch or torch < TORCH_NAMES_SINCE:
+        yield Setting("NCCL_ASYNC_ERROR_HANDLING", "1", "computed", why + "the name before torch 2.2")

@@ -49,11 +49,12 @@ def explanations(spec: JobSpec, fit: Fit, plan: LaunchPlan) -> Iterator[Explanat
             value = "(set)" if setting.value is None else setting.value
             yield Explanation(f"{group}.{setting.name}", value, setting.set_by, setting.why)
     for module in plan.modules:
-        yield Explanation("modules", module, "cluster", f"loaded before {plan.runtime} is used")
+        origin = set_by(spec, f"cluster.runtimes.{plan.runtime}.modules")
+        yield Explanation("modules", module, origin, f"loaded before {plan.runtime} is used")
     yield Explanation("runtime", plan.runtime, set_by(spec, "runtime"), _runtime_reason(spec))
     for demand in fit.demands:
         parts = "; ".join(f"{c.name} {format_size(c.bytes)}: {c.formula}" for c in demand.components)
-        value = f"at least {format_size(demand.lower_bytes)} for each {demand.per}, {demand.verdict}"
+        value = f"{demand.size} for each {demand.per}, {demand.verdict}"
         yield Explanation(f"fit.{demand.resource.replace(' ', '_')}", value, "computed", f"{demand.instant}: {parts}")
     for key, (text, why) in CORRECTIONS.items():
         yield Explanation(key, text, "the CPM-9G manual", f"corrected: {why}")
@@ -77,14 +78,18 @@ def _groups(plan: LaunchPlan) -> list[tuple[str, tuple[Setting, ...]]]:
 
 def _of_job(spec: JobSpec) -> Iterator[Explanation]:
     """What the job, its profile and its cluster say, and the defaults of the rest; `env` comes with the plan."""
-    meanings = {key: (value, doc) for key, value, doc in described(spec)}
-    for key in sorted({*spec.origins, *meanings} - {"env", "runtime"}):
+    known = [*described(spec), *described(spec.cluster, "cluster")]
+    known += described(spec.method, "method.lora") if spec.method else ()
+    meanings = {key: (value, doc) for key, value, doc in known}
+    for key in sorted({*spec.origins, *meanings} - {"runtime"}):
         value, doc = meanings.get(key, (None, ""))
         origin = spec.origins.get(key)
+        if key.startswith("env."):
+            continue
         if origin:
             yield Explanation(key, origin.text, str(origin), doc)
-        elif isinstance(value, (str, int, float, bool)) and not key.startswith("env."):
-            yield Explanation(key, str(value), "default", doc)
+        elif isinstance(value, (str, int, float)):
+            yield Explanation(key, str(value).lower() if isinstance(value, bool) else str(value), "default", doc)
 
 
 def _runtime_reason(spec: JobSpec) -> str:

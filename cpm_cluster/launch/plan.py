@@ -64,6 +64,7 @@ class Container:
     image: str
     archive: Optional[Archive]
     shm_bytes: Optional[int]
+    shm_set_by: str
     shm_why: str
     infiniband: bool
     host_sys: bool
@@ -106,6 +107,7 @@ class LaunchPlan:
     environment: Tuple[Setting, ...]
     secrets: Tuple[str, ...]
     workdir: str
+    workdir_set_by: str
     trainer: Optional[Dict[str, Any]] = None
     warnings: Tuple[str, ...] = ()
     format: int = field(default=FORMAT)
@@ -121,13 +123,13 @@ class LaunchPlan:
         Raises:
             ValueError: the text is no plan, or one of another format.
         """
-        raw = json.loads(text)
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ValueError(f"is not a launch plan of format {FORMAT}")
         try:
-            return _read(cls, raw)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"is not a launch plan: {error}") from error
+            raw = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON: {error}") from error
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ValueError(f"is not a launch plan of format {FORMAT}, the only one that this version reads")
+        return _read(cls, raw, "")
 
 
 @dataclass(frozen=True)
@@ -146,21 +148,47 @@ class NodeFacts:
 
 
 Item = TypeVar("Item")
+_KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "nothing",
+}
 
 
-def _read(type_: Type[Item], raw: Dict[str, Any]) -> Item:
+def _read(type_: Type[Item], raw: Any, path: str) -> Item:
+    """One of the dataclasses above; keys that it does not have are passed over."""
     hints = get_type_hints(type_)
-    names = {f.name for f in dataclasses.fields(type_)}  # type: ignore[arg-type]
-    return type_(**{name: _value(hints[name], raw[name]) for name in names if name in raw})
+    found = _checked(dict, raw, path)
+    names = [f.name for f in dataclasses.fields(type_)]  # type: ignore[arg-type]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"is not a launch plan: {path or 'it'} has no {', '.join(missing)}")
+    return type_(**{name: _value(hints[name], found[name], f"{path}.{name}" if path else name) for name in names})
 
 
-def _value(type_: Any, raw: Any) -> Any:
-    if get_origin(type_) is Union:
+def _value(type_: Any, raw: Any, path: str) -> Any:
+    origin = get_origin(type_)
+    if origin is Union:
         inner = next(t for t in get_args(type_) if t is not type(None))
-        return None if raw is None else _value(inner, raw)
-    if get_origin(type_) is tuple:
-        return tuple(_value(get_args(type_)[0], item) for item in raw)
-    return _read(cast(Type[Any], type_), raw) if dataclasses.is_dataclass(type_) else raw
+        return None if raw is None else _value(inner, raw, path)
+    if origin is tuple:
+        items = _checked(list, raw, path)
+        return tuple(_value(get_args(type_)[0], item, f"{path}[{index}]") for index, item in enumerate(items))
+    if dataclasses.is_dataclass(type_):
+        return _read(cast(Type[Any], type_), raw, path)
+    return _checked(origin or type_, raw, path)
+
+
+def _checked(type_: Any, raw: Any, path: str) -> Any:
+    """`raw` itself; JSON's numbers, texts, lists and mappings have exactly these types."""
+    if type(raw) is not type_:
+        is_, expected = _KINDS[type(raw)], _KINDS[type_]
+        raise ValueError(f"is not a launch plan: {path or 'it'} is {is_} instead of {expected}")
+    return raw
 
 
 def option(setting: Setting) -> str:

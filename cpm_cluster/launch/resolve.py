@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cpm_cluster.launch.container import container
 from cpm_cluster.launch.environment import environment
-from cpm_cluster.launch.plan import LaunchPlan, Program, Setting
+from cpm_cluster.launch.origins import set_by
+from cpm_cluster.launch.plan import Container, LaunchPlan, Program, Setting
 from cpm_cluster.launch.runtimes import pyxis
-from cpm_cluster.launch.slurm_options import batch_options, interactive_options, step_options
+from cpm_cluster.launch.slurm_options import batch_options, cpus_per_node, interactive_options, step_options
 from cpm_cluster.launch.trainer import trainer_settings
 from cpm_cluster.specs.checks import CONTAINER_RUNTIMES, runtime_obstacle
 from cpm_cluster.specs.job import JobSpec
@@ -31,10 +33,12 @@ def resolve(spec: JobSpec, run_id: str, run_dir: str, submitter: Submitter) -> L
     if spec.image is not None and runtime in CONTAINER_RUNTIMES:
         box = container(spec, spec.image, runtime, run_dir, submitter.user)
     workdir = spec.container.workdir or f"{run_dir}/code"
+    workdir_set_by = set_by(spec, "container.workdir") if spec.container.workdir else "computed"
     slurm = spec.cluster.scheduler == "slurm"
-    step = step_options(spec) if slurm else ()
+    step, interactive = (step_options(spec), interactive_options(spec)) if slurm else ((), ())
     if box and runtime == "pyxis":
-        step += tuple(pyxis.step_options(box.image, box.mounts, workdir))
+        step += tuple(pyxis.step_options(box.image, box.mounts, workdir, workdir_set_by))
+        interactive += tuple(pyxis.shell_options(box.image, (m for m in box.mounts if m.source != run_dir)))
     return LaunchPlan(
         run_id=run_id,
         run_dir=run_dir,
@@ -46,25 +50,38 @@ def resolve(spec: JobSpec, run_id: str, run_dir: str, submitter: Submitter) -> L
         time_limit_s=spec.time_limit_s,
         signal_lead_s=spec.signal_lead_s or spec.cluster.signal_lead_s,
         requeue=spec.cluster.requeue,
-        batch=(Setting("job-name", spec.name, "job"), *batch_options(spec, run_dir)) if slurm else (),
+        batch=(Setting("job-name", spec.name, set_by(spec, "name")), *batch_options(spec, run_dir)) if slurm else (),
         step=step,
-        interactive=interactive_options(spec) if slurm else (),
+        interactive=interactive,
         modules=spec.cluster.runtimes[runtime].modules,
         conda_environment=spec.cluster.runtimes[runtime].environment,
-        agent_python=spec.cluster.python or submitter.python,
+        agent_python=pyxis.AGENT_PYTHON if runtime == "pyxis" else spec.cluster.python or submitter.python,
         container=box,
         program=_program(spec, runtime, run_dir, submitter),
         environment=environment(spec, f"{run_dir}/package"),
         secrets=spec.secrets,
         workdir=workdir,
+        workdir_set_by=workdir_set_by,
         trainer=trainer_settings(spec, run_dir),
-        warnings=spec.warnings,
+        warnings=(*spec.warnings, *_warnings(spec, runtime, box)),
     )
 
 
 def chosen_runtime(spec: JobSpec) -> str:
     """The job's runtime, or the first of the cluster's that this job can use; specs/checks.py saw that there is one."""
     return spec.runtime or next(name for name in spec.cluster.runtimes if runtime_obstacle(spec, name) is None)
+
+
+def _warnings(spec: JobSpec, runtime: str, box: Container | None) -> Iterator[str]:
+    """What only the plan shows."""
+    if spec.cluster.scheduler == "slurm" and cpus_per_node(spec) is None:
+        yield (
+            "resources.cpus_per_node: neither the job nor the cluster file states CPUs; Slurm then gives one, unless"
+            f" the site has a default (DefCpuPerGPU), to {spec.resources.ranks_per_node} rank(s) on a node"
+        )
+    for mount in box.mounts if box and runtime == "pyxis" else ():
+        if not pyxis.is_mountable(mount):
+            yield f"{mount.source}: pyxis cannot mount a path with a comma or a colon; rename it, or use docker"
 
 
 def _program(spec: JobSpec, runtime: str, run_dir: str, submitter: Submitter) -> Program:

@@ -17,26 +17,42 @@ from cpm_cluster.specs.problems import printable
 _STRICT = "set -euo pipefail"
 
 _SCRUB = """\
-# What the submitting shell may hold of these would mislead torchrun and BMTrain.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT"""
+# What the submitting shell may hold of these would mislead torchrun and BMTrain, or keep srun from handing on ours.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE NODE_RANK MASTER_ADDR MASTER_PORT SLURM_EXPORT_ENV"""
 
 _MODULES = """\
-if ! type module >/dev/null 2>&1 && [ -r /etc/profile.d/modules.sh ]; then
-    # shellcheck source=/dev/null
-    . /etc/profile.d/modules.sh
-fi"""
+# Before strict mode, which the set-up of many module systems does not survive.
+if ! type module >/dev/null 2>&1; then
+    for setup in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /etc/profile.d/z00_lmod.sh; do
+        # shellcheck source=/dev/null
+        if [ -r "$setup" ]; then . "$setup"; break; fi
+    done
+fi
+"""
+
+_MODULE_MISSING = """\
+ || {
+    echo "cpm: a module cannot be loaded on ${SLURMD_NODENAME:-this node}, see above (modules in the cluster file)" >&2
+    exit 1
+}"""
+
+_ONE_NODE = """\
+# All ranks are on this node, which an older rootless Docker reaches by no other address.
+export CPM_MASTER_ADDR=127.0.0.1"""
+
+_SEVERAL_NODES = """\
+# All nodes meet at the first one, by an address that it resolves once: its own names for itself do not count.
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first_node=${nodes%%$'\\n'*}
+CPM_MASTER_ADDR=$(getent ahostsv4 "$first_node" | awk '$1 !~ /^127\\./ && !found++ { print $1 }') || :
+if [ -z "$CPM_MASTER_ADDR" ]; then
+    echo "cpm: $first_node has no address that other nodes reach; mend /etc/hosts or DNS there (getent ahostsv4)" >&2
+    exit 1
+fi
+export CPM_MASTER_ADDR"""
 
 # The port lies above Linux's ephemeral range (as enroot chooses it); a requeued job takes the next one.
-_RENDEZVOUS = """\
-# All nodes meet at the first one, by an address that this host resolves once.
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-CPM_MASTER_ADDR=$(getent ahostsv4 "$first_node" | awk 'NR == 1 { print $1 }')
-CPM_MASTER_PORT=$((61000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 4536))
-export CPM_MASTER_ADDR CPM_MASTER_PORT
-if [ -z "$CPM_MASTER_ADDR" ]; then
-    echo "cpm: $first_node has no address here; check /etc/hosts or DNS on this node" >&2
-    exit 1
-fi"""
+_PORT = "export CPM_MASTER_PORT=$((61000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 4536))"
 
 _ATTEMPT = """\
 attempt=1
@@ -46,42 +62,52 @@ done
 mkdir "$run_dir/attempt-$attempt"
 export CPM_ATTEMPT=$attempt"""
 
-# `wait` returns early when a signal is trapped, and a bare `wait` would hide the step's exit code.
 _RUN = """\
+# A trapped signal ends `wait` early; the last one, after the step has ended, tells the step's own exit code.
 trap : TERM USR2
 "${step[@]}" "${agent[@]}" &
 step_pid=$!
-code=0
 while kill -0 "$step_pid" 2>/dev/null; do
-    code=0
-    wait "$step_pid" || code=$?
-done"""
+    wait "$step_pid" || :
+done
+code=0
+wait "$step_pid" || code=$?"""
 
 _REQUEUE = """\
 if [ "$code" -eq 85 ]; then
     echo "cpm: stopped with a checkpoint before the time limit; the job goes on when it is scheduled again"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || echo "cpm: Slurm refuses; to go on: sbatch $run_dir/job.sbatch" >&2
 fi"""
 
 _RESUBMIT = """\
 if [ "$code" -eq 85 ]; then
     echo "cpm: stopped with a checkpoint before the time limit; this site does not requeue, so a new job goes on"
-    sbatch --dependency="afterany:$SLURM_JOB_ID" "$run_dir/job.sbatch"
+    sbatch --dependency="afterany:$SLURM_JOB_ID" "$run_dir/job.sbatch" ||
+        echo "cpm: Slurm refuses; to go on: sbatch $run_dir/job.sbatch" >&2
 fi"""
 
-
-_LIST_GPUS = "GPU_UUIDS=$(nvidia-smi --query-gpu=uuid --format=csv,noheader | paste -sd,)"
+_IS_ROOTLESS = "docker info --format '{{.SecurityOptions}}'  # names rootless, or this is the daemon of root"
+_UUIDS = "nvidia-smi --query-gpu=uuid --format=csv,noheader"
+# For a shell by hand: what asks the node for its GPUs, the word that only the node knows, and how it is typed.
+_GPUS_BY_HAND = {
+    "docker": (f"GPU_UUIDS=$({_UUIDS} | paste -sd,)", '--gpus="device=$GPU_UUIDS"', '"--gpus=\\"device=$GPU_UUIDS\\""'),
+    "podman": (
+        f"mapfile -t GPUS < <({_UUIDS} | sed 's|^|--device=nvidia.com/gpu=|')",
+        "--device=nvidia.com/gpu=$GPU_UUIDS",
+        '"${GPUS[@]}"',
+    ),
+}
 
 
 def batch_script(plan: LaunchPlan) -> str:
     """The script that `sbatch` takes; a node's command line is in it as a comment."""
     parts = [
         "\n".join(["#!/bin/bash", *_heading(plan), *_directives(plan)]),
+        *_modules(plan),
         _STRICT,
         f"run_dir={shlex.quote(plan.run_dir)}",
         _SCRUB,
-        *_modules(plan),
-        _RENDEZVOUS,
+        (_SEVERAL_NODES if plan.nodes > 1 else _ONE_NODE) + "\n" + _PORT,
         _ATTEMPT,
         "\n".join([_array("agent", agent_argv(plan)), _array("step", step_argv(plan))]),
         _RUN,
@@ -108,17 +134,16 @@ def by_hand(plan: LaunchPlan) -> list[str]:
         lines.append(shown(["srun", *options(plan.interactive), "--pty", "bash"]))
     if plan.modules:
         lines.append(shown(["module", "load", *plan.modules]))
-    if plan.container and plan.runtime != "pyxis":
-        if plan.container.archive:
-            lines.append(shown([plan.runtime.split("-")[0], "load", "--input", plan.container.archive.path]))
-        if plan.gpus_per_node:
-            lines.append(_LIST_GPUS)
-    return [*lines, " ".join(map(_typed, shell_argv(plan, SYMBOLIC_NODE)))]
-
-
-def _typed(word: str) -> str:
-    """A word of a command line; the one place where the typing shell shall fill in something."""
-    return word.replace('"', '\\"').join('""') if "$GPU_UUIDS" in word else shown([word])
+    if plan.runtime == "docker-rootless":
+        lines.append(_IS_ROOTLESS)
+    client = plan.runtime.split("-")[0]
+    if plan.container and plan.container.archive and client in _GPUS_BY_HAND:
+        lines.append(shown([client, "load", "--input", plan.container.archive.path]))
+    list_gpus, symbol, typed = _GPUS_BY_HAND.get(client, ("", "", ""))
+    if list_gpus and plan.gpus_per_node:
+        lines.append(list_gpus)
+    words = shell_argv(plan, SYMBOLIC_NODE)
+    return [*lines, " ".join(typed if word == symbol else shown([word]) for word in words)]
 
 
 def shown(argv: Sequence[str]) -> str:
@@ -133,7 +158,8 @@ def wrapped(argv: Sequence[str]) -> list[str]:
         if word.startswith("-") or before.startswith("--"):
             lines.append([])
         lines[-1].append(word)
-    texts = [shown(words) for words in lines if words]
+    first, *rest = (shown(words) for words in lines if words)
+    texts = [first, *("  " + text for text in rest)]
     return [text + " \\" for text in texts[:-1]] + texts[-1:]
 
 
@@ -161,7 +187,7 @@ def _directive(setting: Setting) -> str:
 def _modules(plan: LaunchPlan) -> list[str]:
     if not plan.modules:
         return []
-    return [_MODULES + "\n" + shlex.join(["module", "load", *plan.modules])]
+    return [_MODULES + shlex.join(["module", "load", *plan.modules]) + _MODULE_MISSING]
 
 
 def _array(name: str, argv: Sequence[str]) -> str:

@@ -33,18 +33,30 @@ def step_options(spec: JobSpec) -> tuple[Setting, ...]:
         Setting("mem", "0", "computed", "the step may use all memory of the allocation"),
         Setting("cpu-bind", "none", "computed", "the default would put all ranks of a node on one core"),
         Setting("kill-on-bad-exit", "1", "computed", "one failed node ends the step, not a hang of the others"),
-        Setting("wait", "60", "computed", "the others end within a minute of the first that finishes"),
+        Setting(
+            "wait",
+            str(_lead(spec)),
+            "computed",
+            "signal_lead: once a node has finished, the others have the time"
+            " of a checkpoint for the rest, such as node 0, which saves the model",
+        ),
         Setting("unbuffered", None, "computed", "logs as they are written"),
     )
 
 
 def interactive_options(spec: JobSpec) -> tuple[Setting, ...]:
-    """Options of `srun … --pty bash`, to work by hand on the same nodes."""
+    """Options of `srun … --pty bash`, to work by hand on one such node."""
+    place, nodes = tuple(_place(spec)), _number_of_nodes(spec)
+    if spec.resources.nodes > 1:
+        place = tuple(setting for setting in place if setting.name != "nodelist")
+        nodes = Setting(
+            "nodes", "1", "computed", "srun gives the terminal to the first task; the other nodes would idle"
+        )
     time = (Setting("time", slurm_time(spec.time_limit_s), set_by(spec, "time_limit")),) if spec.time_limit_s else ()
     one_task = Setting(
         "ntasks-per-node", "1", "computed", "the manual's -n 8 gives a terminal to the first of eight shells only"
     )
-    return (*_place(spec), _number_of_nodes(spec), one_task, *_cpus(spec), *_gpus(spec), *_memory(spec), *time)
+    return (*place, nodes, one_task, *_cpus(spec), *_gpus(spec), *_memory(spec), *time)
 
 
 def _place(spec: JobSpec) -> Iterator[Setting]:
@@ -113,15 +125,23 @@ def _memory(spec: JobSpec) -> Iterator[Setting]:
 def _life(spec: JobSpec) -> Iterator[Setting]:
     if spec.time_limit_s is not None:
         yield Setting("time", slurm_time(spec.time_limit_s), set_by(spec, "time_limit"))
-    lead = spec.signal_lead_s or spec.cluster.signal_lead_s
     yield Setting(
         "signal",
-        f"USR2@{lead}",
+        f"USR2@{_lead(spec)}",
         set_by(spec, "signal_lead"),
         "asks for a checkpoint that long before the time limit; not USR1, which NCCL catches (submitit#1697)",
     )
-    requeue = "requeue" if spec.cluster.requeue else "no-requeue"
-    yield Setting(requeue, None, "cluster", "after preemption, a time limit or a node failure the same job goes on")
+    requeue, why = (
+        "requeue",
+        "after preemption or a node failure Slurm starts the same job again; at the time limit the script asks for it",
+    )
+    if not spec.cluster.requeue:
+        requeue, why = "no-requeue", "this site does not requeue; at the time limit the script submits a new job"
+    yield Setting(requeue, None, set_by(spec, "cluster.requeue"), why)
+
+
+def _lead(spec: JobSpec) -> int:
+    return spec.signal_lead_s or spec.cluster.signal_lead_s
 
 
 def _records(run_dir: str) -> Iterator[Setting]:

@@ -13,7 +13,7 @@ def trainer_settings(spec: JobSpec, run_dir: str) -> dict[str, Any] | None:
     """None for the engine `command`, which brings its own program."""
     if spec.engine == "command" or spec.model is None or spec.data is None:
         return None
-    return {
+    settings = {
         "format": 1,
         "output_dir": run_dir,
         "expected_world_size": spec.resources.world_size,
@@ -29,6 +29,7 @@ def trainer_settings(spec: JobSpec, run_dir: str) -> dict[str, Any] | None:
         "training": _training(spec.training),
         "samples": asdict(spec.samples),
     }
+    return {key: _as_in_json(value) for key, value in settings.items()}
 
 
 def _model(model: Model, name: str) -> dict[str, Any]:
@@ -52,3 +53,10 @@ def _training(training: Training) -> dict[str, Any]:
     for decided_elsewhere in ("attention", "zero_stage", "offload_optimizer"):
         del settings[decided_elsewhere]
     return settings
+
+
+def _as_in_json(value: Any) -> Any:
+    """Lists for tuples, so that a plan read back from its JSON is equal."""
+    if isinstance(value, dict):
+        return {key: _as_in_json(item) for key, item in value.items()}
+    return [_as_in_json(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cpm_cluster.specs.values import format_size
+
 Verdict = Literal["fits", "does not fit", "not ruled out", "capacity unknown"]
 
 
@@ -34,6 +36,11 @@ class Demand:
     @property
     def lower_bytes(self) -> int:
         return sum(component.bytes for component in self.components)
+
+    @property
+    def size(self) -> str:
+        """`39 GiB`, or `at least 39 GiB` where only a lower bound is known."""
+        return ("at least " if self.upper_bytes is None else "") + format_size(self.upper_bytes or self.lower_bytes)
 
     @property
     def verdict(self) -> Verdict:

@@ -10,7 +10,7 @@ from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.runs.layout import RunLayout
 from cpm_cluster.runs.provenance import provenance
 from cpm_cluster.runs.records import append_event, write_atomically, write_json, write_text
-from cpm_cluster.runs.run import Run
+from cpm_cluster.runs.run import Run, RunError
 from cpm_cluster.runs.snapshot import copy_package, take_snapshot
 
 
@@ -28,16 +28,23 @@ def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
     """Make the run directory, whole or not at all: it is filled under a hidden name, then renamed.
 
     Raises:
+        RunError: the runs folder cannot be written.
         SnapshotError: the code cannot be copied.
-        OSError: the runs folder cannot be written.
+        OSError: the disk is full, or a file of the code cannot be read.
     """
     final = Path(plan.run_dir)
-    final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.partial")
-    partial.mkdir(mode=0o755)
+    try:
+        _make_runs_dir(final.parent)
+        partial.mkdir(mode=0o755)
+    except OSError as error:
+        raise RunError(
+            f"{final.parent}: no run can be made there: {error.strerror};"
+            " choose another folder with --runs-dir or CPM_RUNS_DIR"
+        ) from error
     files = RunLayout(partial)
     try:
-        snapshot = take_snapshot(code, files.code, final.parent) if code else None
+        snapshot = take_snapshot(code, files.code) if code else None
         files.code.mkdir(exist_ok=True)
         copy_package(files.package)
         write_atomically(files.job_file, records.job)
@@ -55,3 +62,10 @@ def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return Run(RunLayout(final), plan)
+
+
+def _make_runs_dir(runs_dir: Path) -> None:
+    """A new folder of runs keeps itself out of git, and so out of the snapshots of the code around it."""
+    if not runs_dir.exists():
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        write_text(runs_dir / ".gitignore", "*\n")

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import distributions
 from typing import Any
@@ -24,6 +25,14 @@ def provenance(code: Snapshot | None) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "python": {"version": platform.python_version(), "executable": sys.executable},
-        "packages": {d.metadata["Name"]: d.version for d in sorted(distributions(), key=lambda d: d.metadata["Name"])},
+        "packages": dict(sorted(_packages())),
         "code": asdict(code) if code else None,
     }
+
+
+def _packages() -> Iterator[tuple[str, str]]:
+    """Names and versions; what pip left of a broken installation has neither."""
+    for distribution in distributions():
+        name, version = distribution.metadata["Name"], distribution.version
+        if name and version:
+            yield name, version

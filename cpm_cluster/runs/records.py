@@ -25,7 +25,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -54,24 +54,37 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def append_event(path: Path, kind: str, **details: Any) -> None:
-    """Add one line {time, kind, …} to an event log, and sync it."""
+    """Add one line {time, kind, …} to an event log, and sync it. It never joins a line that an earlier writer tore."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": time.time(), "kind": kind, **details}, ensure_ascii=False) + "\n"
-    with open(path, "ab") as file:
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
         file.write(line.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """All events of all writers in the order of time, each with its `writer`; a torn last line is left out."""
-    found = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "time" in event:
-                found.append({**event, "writer": path.stem})
-    return sorted(found, key=lambda event: float(event["time"]))
+    """All events of all writers in the order of time, each with its `writer`."""
+    found = [{**event, "writer": path.stem} for path in sorted(folder.glob("*.jsonl")) for event in read_lines(path)]
+    whole = [event for event in found if isinstance(event.get("time"), (int, float)) and "kind" in event]
+    return sorted(whole, key=lambda event: float(event["time"]))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a jsonl file; a torn line is left out, and a file that is not there has none."""
+    try:
+        # not splitlines: texts may hold U+0085 or U+2028, at which it would split, too
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
+    return [value for value in map(_parsed, lines) if isinstance(value, dict)]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

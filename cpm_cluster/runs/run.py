@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from cpm_cluster.runs.records import append_event, read_json, write_json
 
 ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*-\d{8}-\d{6}-[0-9a-f]{4}"
 # Slurm expands % in --output; the rest would need quoting in a directive or a mount option.
-UNSAFE_IN_PATH = re.compile(r"[^A-Za-z0-9_./@+=~-]")
+UNSAFE_IN_PATH = re.compile(r"[^\w./@+=~-]")
 
 
 class RunError(Exception):
@@ -31,22 +30,25 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Name, date, time and four random digits."""
+        """Name, date, time and four digits."""
         return self.plan.run_id
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What the scheduler said when it took the job, and the machine that asked it."""
+    """What the scheduler said when it took the job, the machine that asked it, and the attempt that shall begin."""
 
     scheduler: str
     job_id: str
     host: str
+    attempt: int = 1
 
 
 def new_run_id(job_name: str) -> str:
-    """An id that sorts by time within a job's name."""
-    return f"{job_name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    """An id that sorts by time within a job's name; its last four digits are the fraction of the second."""
+    second, fraction = divmod(time.time_ns(), 10**9)
+    moment = time.strftime("%Y%m%d-%H%M%S", time.localtime(second))
+    return f"{job_name}-{moment}-{fraction * 0x10000 // 10**9:04x}"
 
 
 def run_directory(runs_dir: Path, run_id: str) -> Path:
@@ -87,6 +89,8 @@ def find_run(runs_dir: Path, name: str | None) -> Run:
     Raises:
         RunError: there is none, or several begin like that.
     """
+    if name == "":  # what an unset variable of a script comes to
+        raise RunError("the name of the run is empty; leave it out for the newest run, cpm runs lists all")
     if name and Path(name, "launch.json").is_file():
         return open_run(Path(name))
     ids = [path.name for path in run_folders(runs_dir)]
@@ -104,7 +108,7 @@ def find_run(runs_dir: Path, name: str | None) -> Run:
 
 def run_folders(runs_dir: Path) -> list[Path]:
     """Run directories, the newest first."""
-    folders = [path for path in runs_dir.glob("*/") if re.fullmatch(ID_PATTERN, path.name)]
+    folders = [path for path in runs_dir.glob("*") if re.fullmatch(ID_PATTERN, path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: path.name[-20:], reverse=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import cpm_cluster
 from cpm_cluster.runs.records import write_text
+from cpm_cluster.runs.run import ID_PATTERN
 
 MAX_BYTES = 200 << 20
 MAX_FILES = 20_000
-# What no snapshot needs: caches, environments, and runs, which would hold each other.
-LEFT_OUT = frozenset({".git", ".hg", "__pycache__", ".venv", "venv", "node_modules", ".mypy_cache", ".ruff_cache"})
+# What a folder without git may hold and no snapshot needs; hidden files (keys, caches) stay out, too.
+LEFT_OUT = frozenset({"__pycache__", "venv", "node_modules"})
+# Runs, whole or being made: they would hold each other.
+RUN = re.compile(rf"{ID_PATTERN}|\.{ID_PATTERN}\.partial")
 PACKAGE_PARTS = ("__init__.py", "agent", "launch", "runs", "training")
 
 
@@ -35,21 +39,24 @@ class Snapshot:
 
 
 def default_source(job_file: Path) -> Path:
-    """The git checkout that holds the job file, else the job file's folder."""
+    """The git checkout that holds the job file, else the job file's folder; of a run's job file, that run's code."""
     folder = job_file.absolute().parent
+    if (folder / "launch.json").is_file() and (folder / "code").is_dir():
+        return folder / "code"
     top = _git(folder, "rev-parse", "--show-toplevel")
-    return Path(top.strip()) if top and top.strip() else folder
+    return Path(top.rstrip("\n")) if top and top.strip() else folder
 
 
-def take_snapshot(source: Path, target: Path, runs_dir: Path) -> Snapshot:
+def take_snapshot(source: Path, target: Path) -> Snapshot:
     """Copy a folder: of a git checkout the files that git knows or does not ignore, as they are now; else all.
 
-    Symbolic links are copied as links. Raises SnapshotError where it is larger than 200 MiB or 20,000 files.
+    Runs are left out. Symbolic links are copied as links. Raises SnapshotError where it is larger than 200 MiB or
+    20,000 files.
     """
     commit = _git(source, "rev-parse", "HEAD")
     count, size = 0, 0
-    for relative in _files(source, runs_dir):
-        path = source / relative
+    for path in _files(source):
+        relative = path.relative_to(source)
         count, size = count + 1, size + path.lstat().st_size
         if size > MAX_BYTES or count > MAX_FILES:
             raise SnapshotError(
@@ -77,21 +84,34 @@ def copy_package(target: Path) -> None:
     write_text(target / "__main__.py", "from cpm_cluster.agent.__main__ import main\n\nraise SystemExit(main())\n")
 
 
-def _files(source: Path, runs_dir: Path) -> Iterator[Path]:
-    """Relative paths of what is copied, sorted."""
+def _files(source: Path) -> Iterator[Path]:
+    """What is copied, one after the other: whoever has seen enough need not wait for the rest of a large disk."""
     listed = _git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    relative = map(Path, filter(None, listed.split("\0"))) if listed is not None else _walked(source, runs_dir)
-    for path in sorted(set(relative)):
-        full = source / path
-        if not full.is_relative_to(runs_dir) and (full.is_file() or full.is_symlink()):
+    if not listed:  # no checkout, or a folder that a checkout ignores
+        yield from _walked(source)
+        return
+    for name in sorted(set(filter(None, listed.split("\0")))):
+        path = source / name
+        if any(map(RUN.fullmatch, Path(name).parts)):
+            continue
+        if path.is_symlink() or path.is_file():
             yield path
+        elif (path / ".git").exists():  # a submodule, or a checkout inside: git lists it without what is in it
+            yield from _files(path)
 
 
-def _walked(source: Path, runs_dir: Path) -> Iterator[Path]:
+def _walked(source: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(source):
         here = Path(folder)
-        names[:] = [name for name in names if name not in LEFT_OUT and here / name != runs_dir]
-        yield from ((here / name).relative_to(source) for name in files)
+        names[:] = sorted(filter(_is_wanted, names))
+        # os.walk neither descends into links to folders nor lists them as files
+        yield from (here / name for name in names if (here / name).is_symlink())
+        found = (here / name for name in sorted(filter(_is_wanted, files)))
+        yield from (path for path in found if path.is_symlink() or path.is_file())
+
+
+def _is_wanted(name: str) -> bool:
+    return not (name.startswith(".") or name in LEFT_OUT or RUN.fullmatch(name))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cpm_cluster.launch.plan import EXIT_STOPPED
 from cpm_cluster.runs.records import read_events, read_json
-from cpm_cluster.runs.run import Run
+from cpm_cluster.runs.run import Run, read_submission
 
 Name = Literal["prepared", "queued", "running", "finished", "stopped", "failed", "cancelled", "lost"]
 ENDED: frozenset[Name] = frozenset({"finished", "stopped", "failed", "cancelled", "lost"})
@@ -18,7 +18,8 @@ ENDED: frozenset[Name] = frozenset({"finished", "stopped", "failed", "cancelled"
 class State:
     """`prepared` was never submitted; `stopped` can go on; `lost` ended without a record of how.
 
-    `phase` is the agent's or the trainer's own word; `attempt` counts from 1, 0 before the first.
+    `phase` is the agent's or the trainer's own word, `starting` until the trainer says one; `attempt` counts from 1,
+    0 before the first.
     """
 
     name: Name
@@ -34,43 +35,65 @@ class State:
 
 
 def read_state(run: Run, alive: bool) -> State:
-    """The state of a run; `alive` is the scheduler's word on whether it still holds the job."""
+    """The state of a run; `alive` is the scheduler's word on whether it still holds the job.
+
+    A run whose script somebody submitted by hand has no scheduler to ask: its agents' records alone tell.
+    """
     events = read_events(run.files.root / "events")
+    submission = read_submission(run)
     attempt = max((int(event.get("attempt", 0)) for event in events), default=0)
-    exits = [record for record in _exit_records(run) if record["attempt"] == attempt]
     progress = read_json(run.files.progress) if attempt else None
-    phase = _phase(events, attempt, progress)
-    if alive:
-        return State("running" if attempt else "queued", phase, attempt, None, progress)
-    if not run.files.submission.exists():
+    if submission and attempt < submission.attempt:
+        return State("queued" if alive else _without_record(run), "", attempt, None, progress)
+    if not submission and not attempt:
         return State("prepared", "", attempt, None, progress)
+    exits = exit_records(run, attempt)
+    phase = _phase(run, events, attempt, progress)
+    if alive or (not submission and len(exits) < run.plan.nodes):
+        return State("running", phase, attempt, None, progress)
     code = _exit_code(exits)
     return State(_ended(run, exits, code), phase, attempt, code, progress)
 
 
+def exit_records(run: Run, attempt: int) -> list[dict[str, Any]]:
+    """How an attempt ended on each node that says so, the first to end first."""
+    records: Iterable[dict[str, Any] | None] = map(read_json, (run.files.root / "exit").glob("*.json"))
+    found = [record for record in records if record and record.get("attempt") == attempt]
+    return sorted(found, key=lambda record: float(record["ended"]))
+
+
 def _ended(run: Run, exits: list[dict[str, Any]], code: int | None) -> Name:
-    if len(exits) == run.plan.nodes and code == 0:
+    complete = len(exits) == run.plan.nodes
+    cancelled = run.files.cancel_request.exists()
+    # a trainer that was asked to stop and says 0 was at its last step; another program may say 0 for any stop
+    stopped_early = cancelled and run.plan.trainer is None and any(record.get("stopped_by") for record in exits)
+    if complete and code == 0 and not stopped_early:
         return "finished"
-    if run.files.cancel_request.exists():
+    if cancelled:
         return "cancelled"
-    if code is None or len(exits) < run.plan.nodes:
+    if code is None or not complete:
         return "lost" if code in (None, 0) else "failed"
     return "stopped" if code == EXIT_STOPPED else "failed"
 
 
-def _exit_records(run: Run) -> Iterable[dict[str, Any]]:
-    paths = sorted((run.files.root / "exit").glob("*.json"))
-    return [record for path in paths if (record := read_json(path)) and "attempt" in record]
+def _without_record(run: Run) -> Name:
+    return "cancelled" if run.files.cancel_request.exists() else "lost"
 
 
 def _exit_code(exits: list[dict[str, Any]]) -> int | None:
     """The code of the node that failed first, else of one that stopped, else 0."""
-    codes = [int(record["exit_code"]) for record in sorted(exits, key=lambda record: float(record["ended"]))]
+    codes = [int(record["exit_code"]) for record in exits]
     bad = [code for code in codes if code not in (0, EXIT_STOPPED)]
     return next(iter(bad), max(codes, default=None))
 
 
-def _phase(events: list[dict[str, Any]], attempt: int, progress: dict[str, Any] | None) -> str:
-    phases = [str(e["phase"]) for e in events if e["kind"] == "phase" and e.get("attempt") == attempt]
-    phase = phases[-1] if phases else ""
-    return str(progress.get("phase", phase)) if phase == "training" and progress else phase
+def _phase(run: Run, events: list[dict[str, Any]], attempt: int, progress: dict[str, Any] | None) -> str:
+    phases = [e for e in events if e["kind"] == "phase" and e.get("attempt") == attempt]
+    if not phases:
+        return ""
+    phase = str(phases[-1].get("phase", ""))
+    if phase != "training" or run.plan.trainer is None:
+        return phase
+    # an earlier attempt may have left its progress
+    is_fresh = progress and float(progress.get("updated_at", 0)) >= float(phases[-1]["time"])
+    return str(progress.get("phase", phase)) if progress and is_fresh else "starting"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Protocol
 
+from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.runs.run import Run, Submission
 
 
@@ -15,11 +16,11 @@ class SchedulerError(Exception):
 class Scheduler(Protocol):
     """What submits, watches and cancels runs."""
 
-    def require(self) -> None:
-        """Raise SchedulerError where this machine cannot submit."""
+    def require(self, plan: LaunchPlan) -> None:
+        """Raise SchedulerError where this machine cannot submit such a plan, RunError where a file of it is missing."""
 
     def submit(self, run: Run) -> Submission:
-        """Hand a run over; raises SchedulerError when it is refused."""
+        """Hand a run over, and record that in it; raises SchedulerError when it is refused."""
 
     def is_alive(self, run: Run, submission: Submission) -> bool:
         """Whether the scheduler still holds the job, waiting or running."""

@@ -6,72 +6,121 @@ the run's id in its environment, so that none can hide from `is_alive` and `canc
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from cpm_cluster.agent.process_tree import RUN_VARIABLE, end_all, end_with_parent, processes_of_run, send
+from cpm_cluster.agent.process_tree import RUN_VARIABLE, carries, end_all, end_with_parent, processes_of_run, send
+from cpm_cluster.agent.surroundings import next_attempt
 from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.launch.sbatch import agent_argv
 from cpm_cluster.runs.records import read_events
-from cpm_cluster.runs.run import Run, Submission
+from cpm_cluster.runs.run import Run, RunError, Submission, open_run, read_submission, write_submission
 from cpm_cluster.schedulers import SchedulerError
 
 NO_LIMIT_MIN = 366 * 24 * 60
 # The agent gives the ranks 25 s for their checkpoint.
 GRACE_OF_CANCEL_S = 40.0
+GRACE_WITHOUT_AGENT_S = 1.0
+TRAINER_NEEDS = ("torch", "numpy", "tensorboardX")
 
 
 class Scheduler:
     """See `schedulers.Scheduler`."""
 
-    def require(self) -> None:
-        """Nothing is needed but Linux."""
+    def require(self, plan: LaunchPlan) -> None:
+        """Linux, and what the trainer imports where it runs with this very Python."""
         if sys.platform != "linux":
             raise SchedulerError("local runs need Linux (prctl and /proc); use a Slurm cluster, or --dry-run")
+        missing = [name for name in TRAINER_NEEDS if find_spec(name) is None]
+        if missing and plan.trainer is not None and plan.program.python == sys.executable:
+            raise SchedulerError(
+                f"the trainer needs {', '.join(missing)}, which {sys.executable} does not have;"
+                " install them with: pip install 'cpm-cluster[train]'"
+            )
+        for path in _files_read(plan.trainer or {}):
+            if not os.access(path, os.R_OK):
+                raise RunError(f"the job names {path}, which is not there or cannot be read")
 
     def submit(self, run: Run) -> Submission:
         """Start submitit's controller, which outlives this process and its terminal."""
-        environment = {**os.environ, RUN_VARIABLE: run.id}
-        environment.pop("CPM_ATTEMPT", None)
         log = run.files.root / "submitit" / "submit.log"
         log.parent.mkdir(exist_ok=True)
-        with open(log, "ab") as errors:
-            done = subprocess.run(
+        with _alone(run), open(log, "ab") as output:
+            process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(run.files.root)],
-                env=environment,
+                cwd="/",  # -m would import from the user's folder first
+                env=surroundings(os.environ, run.id),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                stdout=output,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        if done.returncode != 0:
-            raise SchedulerError(f"submitit could not start the run; see {log}")
-        return Submission("local", str(json.loads(done.stdout)["job_id"]), platform.node())
+            code = process.wait()
+        submission = read_submission(run)
+        if code != 0 or submission is None:
+            raise SchedulerError(f"submitit could not start {run.id}: {_last_line(log)}\n  all of it: {log}")
+        return submission
 
     def is_alive(self, run: Run, submission: Submission) -> bool:
         """Whether a process of the run is left."""
         if submission.host != platform.node():
             raise SchedulerError(f"{run.id} was started on {submission.host}; ask there")
-        return bool(processes_of_run(run.id))
+        return carries(int(submission.job_id), run.id) or bool(processes_of_run(run.id))
 
     def cancel(self, run: Run, submission: Submission) -> None:
-        """Ask the agent to save and stop; kill what is left after 40 s."""
+        """Ask the agent to save and stop; kill what is left after 40 s, or at once where there is no agent yet."""
         if not self.is_alive(run, submission):
             return
-        left = processes_of_run(run.id)
-        agents = [int(e["pid"]) for e in read_events(run.files.root / "events") if e.get("phase") == "prepare"]
-        # a run that has no agent yet is only submitit's controller, which passes the signal on
-        send([pid for pid in agents if pid in left] or left, 15)
+        agents = _agents(run)
+        send(agents, 15)
         deadline = time.monotonic() + GRACE_OF_CANCEL_S
-        while processes_of_run(run.id) and time.monotonic() < deadline:
+        while agents and processes_of_run(run.id) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if not end_all(lambda: processes_of_run(run.id), 1.0):
+        if not end_all(lambda: processes_of_run(run.id), GRACE_WITHOUT_AGENT_S):
             raise SchedulerError(f"processes {processes_of_run(run.id)} of {run.id} do not end, even when killed")
+
+
+@contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Refuse a second attempt while one lives, also when both are started at the same moment."""
+    with open(run.files.root / "submitit" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if processes_of_run(run.id):
+            raise SchedulerError(f"{run.id} runs already; cpm logs -f {run.id} follows it")
+        yield
+
+
+def surroundings(environment: Mapping[str, str], run_id: str) -> dict[str, str]:
+    """The variables that a run inherits from the shell; not those of another job around it, such as its node's rank."""
+    of_another_job = ("SLURM", "SUBMITIT_", "CPM_ATTEMPT", "CPM_MASTER_")
+    return {k: v for k, v in environment.items() if not k.startswith(of_another_job)} | {RUN_VARIABLE: run_id}
+
+
+def _files_read(trainer: Mapping[str, Any]) -> list[str]:
+    """The files of the user that the trainer reads; names of what comes with the package are none."""
+    data = trainer.get("data", {})
+    named = [*data.get("train", ()), *data.get("eval", ()), trainer.get("init_from"), trainer.get("tokenizer")]
+    return [name for name in named if name and name.startswith("/")]
+
+
+def _agents(run: Run) -> list[int]:
+    """The newest attempt's agent, if it is alive."""
+    started = [e for e in read_events(run.files.root / "events") if e.get("phase") == "prepare"]
+    return [pid for event in started[-1:] if carries(pid := int(event["pid"]), run.id)]
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def become_agent(argv: list[str]) -> None:
@@ -79,31 +128,26 @@ def become_agent(argv: list[str]) -> None:
 
     A replaced process keeps submitit's pid and log, but none of its signal handlers, which ignore SIGTERM.
     """
-    end_with_parent(os.getppid())
+    end_with_parent(int(os.environ["SUBMITIT_LOCAL_JOB_ID"]))  # the controller's pid, even if it has died already
     os.execv(argv[0], argv)
 
 
-def start(run_dir: Path) -> str:
-    """Submit the agent through submitit; the job's id, which is its controller's pid."""
+def start(run: Run) -> None:
+    """Submit the agent through submitit, and record it; the job's id is its controller's pid."""
     import submitit
 
-    plan = LaunchPlan.from_json((run_dir / "launch.json").read_text(encoding="utf-8"))
-    executor = submitit.LocalExecutor(folder=run_dir / "submitit")
+    plan, attempt = run.plan, next_attempt(run.files)
+    executor = submitit.LocalExecutor(folder=run.files.root / "submitit")
     executor.update_parameters(
         timeout_min=plan.time_limit_s / 60 if plan.time_limit_s else NO_LIMIT_MIN,
         signal_delay_s=plan.signal_lead_s,
         gpus_per_node=plan.gpus_per_node,
         stderr_to_stdout=True,
     )
-    return str(executor.submit(become_agent, agent_argv(plan)).job_id)
-
-
-def main() -> None:
-    """Print the job's id. The controller must not inherit the pipe: whoever reads it would wait for the run's end."""
-    with os.fdopen(os.dup(1), "w") as answer, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        answer.write(json.dumps({"job_id": start(Path(sys.argv[1]))}))
+    job = executor.submit(become_agent, agent_argv(plan))
+    write_submission(run, Submission("local", str(job.job_id), platform.node(), attempt))
 
 
 if __name__ == "__main__":
-    main()
+    # in a process and session of its own: neither Ctrl-C nor a closed terminal can come between start and record
+    start(open_run(Path(sys.argv[1])))

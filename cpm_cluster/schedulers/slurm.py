@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.runs.run import Run, Submission
 from cpm_cluster.schedulers import SchedulerError
 
@@ -22,7 +23,7 @@ cpm-submit does not submit to Slurm itself yet
 class Scheduler:
     """See `schedulers.Scheduler`."""
 
-    def require(self) -> None:
+    def require(self, plan: LaunchPlan) -> None:
         """Always raises: it says what one can do instead."""
         raise SchedulerError(WITH_SBATCH if shutil.which("sbatch") else WITHOUT_SBATCH)
 

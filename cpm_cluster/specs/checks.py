@@ -83,17 +83,23 @@ def version_tuple(version: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in digits if part)
 
 
-@_reads("engine", "command", "model", "data")
-def _engine_needs(spec: JobSpec) -> Iterator[Finding]:
-    if spec.engine == "command":
-        if not spec.command:
-            yield "command", "is missing: engine command needs the program and its arguments, [python, train.py]"
-        return
-    if spec.command:
+@_reads("engine", "command")
+def _command(spec: JobSpec) -> Iterator[Finding]:
+    if spec.engine == "command" and not spec.command:
+        yield "command", "is missing: engine command needs the program and its arguments, [python, train.py]"
+    if spec.engine != "command" and spec.command:
         yield "command", f"belongs to engine command, not to {spec.engine}; remove it, or write engine: command"
-    if spec.model is None:
+
+
+@_reads("engine", "model")
+def _model_named(spec: JobSpec) -> Iterator[Finding]:
+    if spec.engine != "command" and spec.model is None:
         yield "model", f"is missing: engine {spec.engine} needs an architecture, a name in configs/models"
-    if spec.data is None:
+
+
+@_reads("engine", "data")
+def _data_named(spec: JobSpec) -> Iterator[Finding]:
+    if spec.engine != "command" and spec.data is None:
         yield "data", "is missing: write data: {train: path/to/rows.jsonl}"
 
 
@@ -108,11 +114,19 @@ def _resources_within_cluster(spec: JobSpec) -> Iterator[Finding]:
         )
     elif cluster.nodes is not None and asked.nodes > cluster.nodes:
         yield "resources.nodes", f"{asked.nodes} nodes, but {spec.cluster_name} has {cluster.nodes}"
+    if cluster.gpus_per_node == 0 and asked.gpus_per_node:
+        yield (
+            "resources.gpus_per_node",
+            f"{asked.gpus_per_node} GPUs per node, but cluster {spec.cluster_name} has none;"
+            " name a cluster with GPUs, or a profile without",
+        )
+        return  # the job is not for this cluster: its other figures do not matter
     if cluster.gpus_per_node is not None and asked.gpus_per_node > cluster.gpus_per_node:
-        gpus, instead = f"a node of {spec.cluster_name} has {cluster.gpus_per_node}", "use more nodes"
-        if cluster.gpus_per_node == 0:
-            gpus, instead = f"{spec.cluster_name} has none", "name a cluster with GPUs, or a profile without"
-        yield "resources.gpus_per_node", f"{asked.gpus_per_node} GPUs per node, but {gpus}; {instead}"
+        yield (
+            "resources.gpus_per_node",
+            f"{asked.gpus_per_node} GPUs per node, but a node of {spec.cluster_name} has {cluster.gpus_per_node};"
+            " use more nodes",
+        )
     if cluster.cpus_per_node is not None and (asked.cpus_per_node or 0) > cluster.cpus_per_node:
         yield (
             "resources.cpus_per_node",
@@ -126,7 +140,7 @@ def _resources_within_cluster(spec: JobSpec) -> Iterator[Finding]:
             f" {format_size(limit)}",
         )
     if asked.gpu and cluster.gpu and asked.gpu != cluster.gpu:
-        yield "resources.gpu", f"{asked.gpu}, but the GPUs of {spec.cluster_name} are {cluster.gpu}"
+        yield "resources.gpu", f"{asked.gpu}, but the GPUs of {spec.cluster_name} are {cluster.gpu}; leave it out"
     if asked.shm_bytes and asked.memory_per_node_bytes and asked.shm_bytes > asked.memory_per_node_bytes:
         yield (
             "resources.shm",
@@ -184,8 +198,8 @@ def _time(spec: JobSpec) -> Iterator[Finding]:
         return
     lead = spec.signal_lead_s or spec.cluster.signal_lead_s
     if spec.cluster.scheduler == "slurm" and not 10 <= lead <= 65_535:
-        yield "signal_lead", f"{format_duration(lead)}; Slurm takes 10 s to 65535 s (man sbatch, --signal)"
-    if spec.cluster.scheduler == "slurm" and lead >= spec.time_limit_s:
+        yield "signal_lead", f"{format_duration(lead)}, but Slurm takes 10 s to 65,535 s (18 h)"
+    if lead >= spec.time_limit_s:
         yield (
             "time_limit",
             f"{format_duration(spec.time_limit_s)} is not longer than the warning before it"
@@ -261,7 +275,7 @@ def _image_fits(spec: JobSpec) -> Iterator[Finding]:
         yield (
             "image",
             f"{image.tag} needs NVIDIA driver {image.min_driver} or newer; {spec.cluster_name} has"
-            f" {spec.cluster.driver}: name an older image",
+            f" {spec.cluster.driver}; name an older image",
         )
 
 
@@ -277,6 +291,9 @@ def _runtime(spec: JobSpec) -> Iterator[Finding]:
     elif spec.image is None and not fitting and all(name in CONTAINER_RUNTIMES for name in offered):
         what = f"is missing: {spec.cluster_name} runs jobs in containers ({listed(offered)})"
         yield "image", f"{what}; name one in configs/images"
+    elif spec.image is not None and not fitting and not any(name in CONTAINER_RUNTIMES for name in offered):
+        what = f"{spec.image.tag} needs a container runtime, but cluster {spec.cluster_name} has {listed(offered)}"
+        yield "image", f"{what}; leave the image out, or name another cluster"
     elif not fitting:
         reasons = "; ".join(f"{name} {runtime_obstacle(spec, name)}" for name in offered)
         yield "runtime", f"no runtime of {spec.cluster_name} can run this job: {reasons}"
@@ -390,7 +407,7 @@ def _training(spec: JobSpec) -> Iterator[Finding]:
     if spec.engine == "torch" and training.zero_stage == 1:
         yield "training.zero_stage", "1 is not a stage of the torch engine; write 0 (DDP), 2 or 3 (FSDP)"
     if spec.engine == "bmtrain" and training.zero_stage < 2:
-        yield "training.zero_stage", "BMTrain shards by ZeRO 2 or 3"
+        yield "training.zero_stage", f"{training.zero_stage} is not a stage of BMTrain; write 2 or 3"
     if spec.engine == "torch" and training.offload_optimizer:
         yield "training.offload_optimizer", "the torch engine keeps its optimizer on the GPU; use bmtrain or deepspeed"
     if training.precision == "fp16" and spec.resources.gpus_per_node == 0:

@@ -16,7 +16,6 @@ NODE_LIST = Text(
 )
 ABSOLUTE_PATH = Text(r"/[^\n]*", "an absolute path")
 MODULE_NAME = Text(r"[A-Za-z0-9][A-Za-z0-9_.+/-]*", "a module name such as rootless-docker/default")
-NAME_PATTERN = r"[a-z0-9][a-z0-9._-]*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class Cluster:
     nodes: int | None = key(Integer(1), "number of GPU nodes", None)
     node_names: str | None = key(NODE_LIST, "their names", None)
     gpus_per_node: int | None = key(Integer(), "GPUs of a node", None)
-    gpu: str | None = key(Text(NAME_PATTERN, "a name in configs/gpus.yaml"), "type of its GPUs", None)
+    gpu: str | None = key(Text(expected="a name in configs/gpus.yaml"), "type of its GPUs", None)
     cpus_per_node: int | None = key(Integer(1), "CPUs of a node that a job can have", None)
     memory_per_node_bytes: int | None = key(SIZE, "host memory of a node that a job can have", None)
     gpu_request: str = key(

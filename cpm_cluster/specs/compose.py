@@ -114,7 +114,7 @@ class _Composition:
             tokenizer=self._tokenizer(spec.tokenizer, tree),
             model_name=_scalar_text(_base(tree.entries.get("model"))) or ("inline" if model else None),
             cluster_name=_scalar_text(tree.entries.get("cluster")) or "",
-            origins={path: Origin(node.set_by, node.where, written(node)) for path, node in leaves(tree)},
+            origins={**_origins(cluster_node, "cluster"), **_origins(tree)},
         )
         check_job(spec, tree, self.reading)
         if self.reading.problems:
@@ -215,6 +215,7 @@ class _Composition:
         """Paths made absolute: a relative one starts at the job file's folder."""
         changes: dict[str, Any] = {
             "mounts": {os.path.expanduser(host): target for host, target in spec.mounts.items()},
+            "origins": {_expanded_mount(key): origin for key, origin in spec.origins.items()},
         }
         if spec.data:
             train, eval_ = map(self._absolute, spec.data.train), map(self._absolute, spec.data.eval)
@@ -242,6 +243,17 @@ class _Composition:
             )
             self.reading.refuse(tree.entries["tokenizer"].where, "tokenizer", what)
         return str(found or self._absolute(name))
+
+
+def _origins(node: MapNode | None, path: str = "") -> dict[str, Origin]:
+    """Who wrote each value below `node`, by its dotted key."""
+    return {key: Origin(leaf.set_by, leaf.where, written(leaf)) for key, leaf in leaves(node, path)} if node else {}
+
+
+def _expanded_mount(key: str) -> str:
+    """The dotted key of a mount as `mounts` names it once `~` is a path."""
+    host = key.removeprefix("mounts.")
+    return f"mounts.{os.path.expanduser(host)}" if host != key else key
 
 
 def _base(node: Node | None) -> Node | None:

@@ -94,19 +94,19 @@ class Text(NamedTuple):
     def read(self, node: Node, path: str, reading: Reading) -> str:
         scalar = _scalar(node, path, reading, self.expected)
         text = scalar.text
+        if len(text) > self.max_length:
+            most = f"{self.expected} of at most {self.max_length:,} characters"
+            raise reading.refuse(scalar.where, path, f"is {len(text):,} characters long; write {most}")
         allowed = "\n\t" if self.multiline else ""
         if any((ord(c) < 32 and c not in allowed) or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in text):
             raise reading.refuse(scalar.where, path, f"{quoted(text)} holds control characters; write {self.expected}")
-        if len(text) > self.max_length:
-            what = f"is {len(text):,} characters long; at most {self.max_length:,} are allowed"
-            raise reading.refuse(scalar.where, path, what)
         if self.pattern and not re.fullmatch(self.pattern, text):
             what = f"{quoted(text)} is not allowed" if text.strip() else "is empty"
             raise reading.refuse(scalar.where, path, f"{what}; write {self.expected}")
         return text
 
     def schema(self) -> Schema:
-        scalar: Schema = {"type": ["string", "number", "boolean"] if not self.pattern else ["string", "number"]}
+        scalar: Schema = {"type": ["string", "number", "boolean"]}  # what YAML makes of text such as 1.13 or true
         return scalar | ({"pattern": f"^(?:{self.pattern})$"} if self.pattern else {})
 
 
@@ -123,7 +123,7 @@ class Integer(NamedTuple):
     def read(self, node: Node, path: str, reading: Reading) -> int:
         scalar = _scalar(node, path, reading, self.expected)
         text = scalar.text.replace("_", "")
-        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
+        if not re.fullmatch(r"[+-]?(0|[1-9][0-9]{0,29})", text):  # 010 is 8 in YAML 1.1
             raise reading.refuse(scalar.where, path, f"{quoted(scalar.text)} is not {self.expected}")
         _refuse_quotes(scalar, path, reading)
         value = int(text)
@@ -133,6 +133,9 @@ class Integer(NamedTuple):
 
     def schema(self) -> Schema:
         return {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+
+
+_NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 
 
 class Number(NamedTuple):
@@ -147,10 +150,7 @@ class Number(NamedTuple):
 
     def read(self, node: Node, path: str, reading: Reading) -> float:
         scalar = _scalar(node, path, reading, self.expected)
-        try:
-            value = float(scalar.text)
-        except ValueError:
-            value = math.nan
+        value = float(scalar.text) if re.fullmatch(_NUMBER, scalar.text) else math.inf
         if not math.isfinite(value):
             raise reading.refuse(scalar.where, path, f"{quoted(scalar.text)} is not {self.expected}")
         _refuse_quotes(scalar, path, reading)
@@ -163,7 +163,7 @@ class Number(NamedTuple):
         lower = "exclusiveMinimum" if self.above_minimum else "minimum"
         # YAML 1.1 readers take 1e-4 (no dot) for a string; so do editors
         number: Schema = {"type": "number", lower: self.minimum, "maximum": self.maximum}
-        return {"anyOf": [number, {"type": "string", "pattern": r"^\d+(\.\d*)?[eE][-+]?\d+$"}]}
+        return {"anyOf": [number, {"type": "string", "pattern": f"^{_NUMBER}$"}]}
 
 
 class Boolean(NamedTuple):
@@ -323,9 +323,10 @@ class Section(NamedTuple):
 
     def _unknown(self, where: Location, path: str, name: str, reading: Reading) -> None:
         known = [yaml_name(f) for f in _keys(self.spec)]
-        hint = did_you_mean(name, known) or f"; known here: {', '.join(known)}"
+        near = nearest(name, known)
+        hint = f" (did you mean {listed(near)}?)" if near else f"; known here: {', '.join(known)}"
         reading.refuse(where, _below(path, name), f"is not a known key{hint}")
-        reading.unread.update(_below(path, meant) for meant in nearest(name, known))
+        reading.unread.update(_below(path, meant) for meant in near)
 
     def schema(self) -> Schema:
         required = [yaml_name(f) for f in _keys(self.spec) if _required(f)]

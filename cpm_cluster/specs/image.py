@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cpm_cluster.specs.fields import Boolean, Integer, ListOf, MapOf, Section, Text, key
 
-VERSION = Text(r"\d+(\.\d+)*([a-z]*\.?[a-z0-9]+)?(\+[a-z0-9.]+)?", "a version such as 1.13.1")
+VERSION = Text(r"\d+(\.\d+)*([a-z]*\.?[a-z0-9]+)?(\+[a-z0-9.]+)?", "a version such as 1.13.1", max_length=64)
 ENV_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 IMAGE_TAG = r"[a-z0-9][a-z0-9._/-]*(:\d+/[a-z0-9._/-]+)?(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?"
 

@@ -175,11 +175,12 @@ class Container:
 class JobSpec:
     """What the user asked for, fully composed: job ← profile ← cluster defaults ← --set.
 
-    `model`, `image`, `cluster`, `gpu` are looked up; `origins` says for each dotted key who set it and where.
+    `model`, `image`, `cluster`, `gpu` are looked up; `origins` says for each dotted key who set it and where;
+    what the cluster file says is below `cluster.`
     """
 
     name: str = key(
-        Text(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a name of letters, digits, . _ - (at most 64)"),
+        Text(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a name of letters, digits, . _ -", max_length=64),
         "name of the job and of its runs",
     )
     description: str = key(Text(multiline=True), "what it is, for people", "")

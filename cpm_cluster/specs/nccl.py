@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from cpm_cluster.specs.problems import did_you_mean
+from cpm_cluster.specs.problems import listed, nearest
 
 if TYPE_CHECKING:
     from cpm_cluster.specs.job import JobSpec
@@ -76,12 +76,14 @@ def _lint_one(name: str, value: str, nccl: tuple[int, ...]) -> Iterator[str]:
     if name in ("NCCL_TIMEOUT", "NCCL_SOCKET_TIMEOUT"):
         yield f"env.{name}: is in many public scripts, but NCCL has no such variable"
     elif name not in KNOWN and not name.startswith(PLUGIN_PREFIXES):
-        yield f"env.{name}: is not a variable of NCCL{did_you_mean(name, KNOWN)}"
+        meant = ["NCCL_" + near for near in nearest(name[5:], (known[5:] for known in KNOWN))]
+        hint = f" (did you mean {listed(meant)}?)" if meant else ""
+        yield f"env.{name}: is not a variable of NCCL{hint}"
     if name in OLD_NAMES:
         yield f"env.{name}: {OLD_NAMES[name]}"
     if name == "NCCL_IB_GID_INDEX" and nccl >= (2, 21):
         yield f"env.{name}: NCCL 2.21 and newer choose the GID themselves; remove it"
-    cards = [card.split(":")[0] for card in value.lstrip("^").split(",")]
+    cards = [card.split(":")[0] for card in value.removeprefix("^").split(",")] if "=" not in value else []
     if name == "NCCL_IB_HCA" and "mlx5_1" in cards:
         yield f"env.{name}: names are prefixes, so mlx5_1 also means mlx5_10…; start the list with ="
 

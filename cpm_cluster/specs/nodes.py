@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from cpm_cluster.specs.problems import Location, Problem, quoted
+from cpm_cluster.specs.problems import Location, Problem, quoted, shortened
 
 MAX_FILE_BYTES = 1 << 20
 MAX_NODES = 20_000  # aliases count each time they are used: ten lines of YAML can stand for 10^9 values
@@ -70,7 +70,7 @@ def written(node: Node) -> str:
         return "[" + ", ".join(map(written, node.items)) + "]"
     if isinstance(node, MapNode):
         return "{" + ", ".join(f"{key}: {written(child)}" for key, child in node.entries.items()) + "}"
-    return node.text
+    return shortened(node.text, 4096)  # aliases can repeat a text of 1 MiB thousands of times
 
 
 def read_yaml(path: Path, set_by: str, problems: list[Problem], shown_as: str | None = None) -> MapNode | None:
@@ -158,9 +158,10 @@ def _checked_text(data: bytes, source: _Source) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8-sig")
+        before = error.object[: error.start].decode()
         where = source.at_offset(before, len(before))
-        raise _Unusable(where, "", "is not UTF-8 text; it must be encoded in UTF-8") from None
+        what = "is not UTF-8 text" if source.set_by == "--set" else "is not UTF-8 text; save the file as UTF-8"
+        raise _Unusable(where, "", what) from None
     if unprintable := _NOT_YAML.search(text):
         what = f"holds the control character U+{ord(unprintable.group()):04X}, which YAML does not allow; remove it"
         raise _Unusable(source.at_offset(text, unprintable.start()), "", what)
@@ -201,6 +202,7 @@ _REASONS = {
     " put it in quotes",
     "found unknown escape character": "between double quotes, \\ starts an escape; use single quotes",
     "found unexpected end of stream": "the quote that begins in line {line} is not closed",
+    "did not find expected <document start>": "a `key: value` line is expected here",
     "expected a single document": "a second document begins here (---); write a file for each",
 }
 
@@ -209,13 +211,9 @@ def _reason(error: yaml.MarkedYAMLError, data: bytes) -> str:
     said = " ".join(filter(None, (error.context, error.problem)))
     mark, begin = error.problem_mark, error.context_mark
     if mark and "cannot start any token" in said:
-        line = data.decode("utf-8-sig").splitlines()[mark.line]
-        character = line[mark.column : mark.column + 1]
-        return (
-            "a tab cannot indent; use spaces"
-            if character == "\t"
-            else f"a value cannot start with {character}; put it in quotes"
-        )
+        character = data.decode("utf-8-sig")[mark.index : mark.index + 1]
+        tab = "a tab cannot indent; use spaces"
+        return tab if character == "\t" else f"a value cannot start with {character}; put it in quotes"
     advice = next((text for phrase, text in _REASONS.items() if phrase in said), said)
     return advice.replace("{line}", str(begin.line + 1 if begin else 1))
 
@@ -237,13 +235,13 @@ class _Reader:
             raise _Unusable(self.source.at(0, 0), "", what)
         if any(node is outer for outer in self.open):
             raise _Unusable(where, path, "contains itself: an alias (*a) stands inside the value that it repeats")
-        if len(self.open) > MAX_DEPTH:
-            raise _Unusable(where, path, TOO_DEEP)
         if node.tag not in _KNOWN_TAGS:
             tag = quoted(node.tag.replace("tag:yaml.org,2002:", "!!"))
             raise _Unusable(where, path, f"has the YAML tag {tag}, which is not allowed; for text, put it in quotes")
         if isinstance(node, yaml.ScalarNode):
             return ScalarNode(node.value, not node.style, where, self.source.set_by)  # None, or '' from libyaml: plain
+        if len(self.open) == MAX_DEPTH:
+            raise _Unusable(where, "", TOO_DEEP)
         self.open.append(node)
         read = self._mapping(node, where, path) if isinstance(node, yaml.MappingNode) else self._list(node, where, path)
         self.open.pop()
@@ -266,8 +264,9 @@ class _Reader:
             if key == "<<" and not key_node.style:
                 raise _Unusable(place, full, "merge keys are not supported; write the keys out")
             if key in entries:
-                first = key_where[key].line
-                self.problems.append(Problem(place, full, f"is written twice (first in line {first}); keep one"))
+                line = key_where[key].line
+                first = f" (first in line {line})" if line else ""
+                self.problems.append(Problem(place, full, f"is written twice{first}; keep one"))
                 continue
             entries[key] = self.read(value_node, full)
             key_where[key] = place

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpm_cluster.specs.cluster import NAME_PATTERN
 from cpm_cluster.specs.fields import DURATION, SIZE, Integer, Section, Text, key
 
 
@@ -14,9 +13,7 @@ class Resources:
 
     nodes: int = key(Integer(1, 100_000), "number of nodes", 1)
     gpus_per_node: int = key(Integer(0, 64), "GPUs on each node")
-    gpu: str | None = key(
-        Text(NAME_PATTERN, "a name in configs/gpus.yaml"), "type of GPU; default: the cluster's", None
-    )
+    gpu: str | None = key(Text(expected="a name in configs/gpus.yaml"), "type of GPU; default: the cluster's", None)
     processes_per_node: int | None = key(Integer(1, 1024), "ranks on a node; default: one for each GPU", None)
     cpus_per_node: int | None = key(
         Integer(1, 4096), "CPUs on each node; default: the GPUs' share of the cluster's", None

@@ -31,5 +31,6 @@ def json_schema(kind: str) -> dict[str, Any]:
         # the profile brings the resources; the cluster is detected where it is left out
         schema["required"] = ["name"]
         schema["properties"]["resources"].pop("required", None)
+        schema["properties"]["resources"]["type"] = ["object", "null"]
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"cpm-cluster {kind} file"}
     return head | schema

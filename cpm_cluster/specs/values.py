@@ -62,6 +62,8 @@ def parse_duration(text: str) -> int:
         ValueError: with a sentence that says what is wrong.
     """
     stripped = text.strip()
+    if len(stripped) > 60:
+        raise ValueError("is not a duration")
     clock = _CLOCK.fullmatch(stripped)
     if clock:
         days, day_hours, day_minutes, day_seconds, hours, minutes, seconds = (int(g or 0) for g in clock.groups())

@@ -2,8 +2,9 @@
 
 Full tuning from random or given weights, or LoRA; one process without torchrun. What it leaves in
 ``output_dir``: ``progress.json``, ``metrics.jsonl``, ``samples.jsonl``, ``tb/``, ``checkpoints/``,
-``weights/``, ``outcome.json``, and ``errors/rank-R.json`` of ranks that failed. A second start continues from
-the newest whole checkpoint.
+``weights/``, ``outcome.json``, and ``errors/rank-R.json`` of ranks that failed. It stops at the next step, with
+a checkpoint, on SIGTERM, on SIGUSR2, when ``control/stop`` is there, and when its launcher dies. A second start
+continues from the newest whole checkpoint.
 
 Environment: torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and
 TORCHELASTIC_RUN_ID; with CPM_LOG_DIR each rank's output goes to ``$CPM_LOG_DIR/rank-R.log``.

@@ -1,4 +1,7 @@
-"""Requests to stop at the next step boundary: SIGTERM, SIGUSR2, or the file ``control/stop``."""
+"""Requests to stop at the next step boundary: SIGTERM, SIGUSR2, or the file ``control/stop``.
+
+The trainer leaves the file where it is; whoever starts the next attempt removes it first.
+"""
 
 from __future__ import annotations
 

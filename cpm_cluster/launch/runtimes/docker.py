@@ -60,8 +60,8 @@ def _identity(plan: LaunchPlan, node: NodeFacts) -> Iterator[Setting]:
     yield Setting(
         "stop-timeout",
         str(plan.signal_lead_s),
-        "cluster",
-        "docker kills after 10 s by default; a checkpoint takes longer",
+        "computed",
+        "signal_lead: docker kills after 10 s by default; a checkpoint takes longer",
     )
     yield Setting("log-driver", "local", "computed", "bounded; the agent keeps the whole output of each rank")
 
@@ -74,9 +74,9 @@ def _resources(plan: LaunchPlan, container: Container, node: NodeFacts) -> Itera
         "NCCL needs the node's own interfaces and addresses; the manual's rootless line lacks it",
     )
     if container.shm_bytes is None:
-        yield Setting("ipc", "host", "job", container.shm_why)
+        yield Setting("ipc", "host", container.shm_set_by, container.shm_why)
     else:
-        yield Setting("shm-size", str(container.shm_bytes), "computed", container.shm_why)
+        yield Setting("shm-size", str(container.shm_bytes), container.shm_set_by, container.shm_why)
     for limit in ("memlock=-1", "stack=67108864", "nofile=1048576"):
         yield Setting("ulimit", limit, "computed", "pinned memory, deep stacks and sockets of NCCL and torch")
     if plan.gpus_per_node:
@@ -88,7 +88,8 @@ def _resources(plan: LaunchPlan, container: Container, node: NodeFacts) -> Itera
             " the GPUs of other jobs on the node; docker needs the inner quotes",
         )
     if container.infiniband:
-        yield Setting("device", "/dev/infiniband", "cluster", "without it NCCL falls back to sockets silently")
+        why = "the cluster's network.infiniband; without the device NCCL falls back to sockets silently"
+        yield Setting("device", "/dev/infiniband", "computed", why)
 
 
 def _files(plan: LaunchPlan, container: Container, node: NodeFacts) -> Iterator[Setting]:
@@ -99,7 +100,7 @@ def _files(plan: LaunchPlan, container: Container, node: NodeFacts) -> Iterator[
         "mode 0600: values stay out of process lists, and commas in them whole",
     )
     yield from _user_and_mounts(container)
-    yield Setting("workdir", plan.workdir, "computed", "the snapshot of your code")
+    yield workdir_setting("workdir", plan.workdir, plan.workdir_set_by)
 
 
 def _user_and_mounts(container: Container, skip: str = "") -> Iterator[Setting]:
@@ -113,7 +114,17 @@ def _user_and_mounts(container: Container, skip: str = "") -> Iterator[Setting]:
         yield mount_setting(sys, "rootless Docker with a host network leaves /sys out; NCCL reads its topology there")
 
 
+def workdir_setting(name: str, workdir: str, set_by: str) -> Setting:
+    """The working directory inside the container."""
+    return Setting(name, workdir, set_by, "the snapshot of your code" if set_by == "computed" else "")
+
+
 def mount_setting(mount: Mount, why: str = "") -> Setting:
-    """`type=bind,source=…,target=…[,readonly]`; specs refuses paths with commas."""
-    value = f"type=bind,source={mount.source},target={mount.target}" + (",readonly" if mount.read_only else "")
-    return Setting("mount", value, mount.set_by, why)
+    """`type=bind,source=…,target=…[,readonly]`, which docker and podman read as a line of CSV."""
+    fields = ["type=bind", f"source={mount.source}", f"target={mount.target}"]
+    fields += ["readonly"] if mount.read_only else []
+    return Setting("mount", ",".join(map(_csv_field, fields)), mount.set_by, why)
+
+
+def _csv_field(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if "," in text or '"' in text else text

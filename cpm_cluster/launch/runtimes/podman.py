@@ -1,4 +1,4 @@
-"""Podman: docker's command line without a daemon, so that the container stays in the step's cgroup."""
+"""Podman: docker's command line without a daemon, so that the container is a descendant of the step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shell_argv(plan: LaunchPlan, node: NodeFacts) -> list[str]:
 
 
 def _podman_only() -> Iterator[Setting]:
-    why = "conmon alone: the container stays in the Slurm step's cgroup, under its limits and its final kill"
+    why = "conmon stays in the Slurm step's cgroup: a scope of its own needs a login session, which a job lacks"
     yield Setting("cgroups", "no-conmon", "computed", why)
 
 

@@ -92,14 +92,18 @@ class TinyRun:
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         base = changed(TINY, {"output_dir": str(directory), "data.train": [str(data)], "data.eval": [str(data)]})
         self.raw = changed(base, changes)
-        self.settings_path = directory / "trainer.json"
+
+    def write_settings(self) -> str:
+        """Write trainer.json and return its path."""
+        path = self.directory / "trainer.json"
+        path.write_text(json.dumps(self.raw))
+        return str(path)
 
     def start(self, world_size: int = 2, torchrun: bool = False):
         """Start the ranks in the background."""
         from training_ranks import start_ranks
 
-        self.settings_path.write_text(json.dumps(self.raw))
-        return start_ranks(self.settings_path, world_size, self.directory, torchrun)
+        return start_ranks(self.write_settings(), world_size, self.directory, torchrun)
 
     def train(self, world_size: int = 2, torchrun: bool = False, **changes: object) -> list[int]:
         """Run to the end with top-level settings changed; return exit codes."""
@@ -120,9 +124,20 @@ class TinyRun:
         """Read a jsonl file of the run."""
         return [json.loads(line) for line in (self.directory / name).read_text().splitlines()]
 
-    def lines_so_far(self) -> list[str]:
-        """Read the steps that a live run has recorded."""
-        return (self.directory / "metrics.jsonl").read_text().splitlines()
+    @property
+    def steps_recorded(self) -> int:
+        """The number of steps that a live run has recorded."""
+        path = self.directory / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def ask_to_stop(self) -> None:
+        """Leave the file that asks all ranks to stop."""
+        (self.directory / "control").mkdir(exist_ok=True)
+        (self.directory / "control/stop").touch()
+
+    def withdraw_stop(self) -> None:
+        """Remove that file, as whoever starts the next attempt does."""
+        (self.directory / "control/stop").unlink()
 
     def tensors(self, name: str) -> dict:
         """Read a file of tensors of the run."""

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
+import torch
 
 from cpm_cluster.training.checkpoint import damage_of
+from cpm_cluster.training.corpus import Row
 from cpm_cluster.training.engines import open_engine
 from cpm_cluster.training.engines.loss_scale import LossScale
+from cpm_cluster.training.engines.torch_engine import TorchEngine
 from cpm_cluster.training.errors import UserError, clear_errors, record_error
 from cpm_cluster.training.files import sha256_of, write_atomically, write_json
 from cpm_cluster.training.finetune import main
+from cpm_cluster.training.packing import collate, encode_row
 from cpm_cluster.training.placement import (
     Placement,
     confirm_world,
     expect_world_size,
     read_placement,
 )
+from cpm_cluster.training.tokenizer import load_tokenizer
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
@@ -67,6 +73,29 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_thousand_clean_st
     assert resumed.value == start / 2
     resumed.update(overflowed=False)
     assert resumed.value == start
+
+
+def test_an_overflowing_gradient_skips_an_fp16_step_but_a_loss_that_is_no_number_ends_the_run(tiny_settings):
+    tokenizer = load_tokenizer("bytes")
+    batch = collate([[encode_row(Row("", "the cat sat"), tokenizer)]], 48)
+    engine = TorchEngine(tiny_settings(), Placement(0, 1, 0))
+    engine.build()
+    engine._loss_scale = LossScale(enabled=True)  # a CPU does not compute in fp16
+    embedding = engine._trained["input_embedding.weight"]
+    before = embedding.clone()
+
+    hook = embedding.register_hook(lambda gradient: gradient * math.inf)
+    skipped = engine.train_step([batch], 1e-2)
+    hook.remove()
+    assert skipped.grad_norm is None and torch.equal(embedding, before)
+    taken = engine.train_step([batch], 1e-2)
+    assert taken.loss_scale == skipped.loss_scale / 2 and not torch.equal(embedding, before)
+
+    with torch.no_grad():
+        embedding.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="training diverged"):
+        engine.train_step([batch], 1e-2)
+    engine.close()
 
 
 def test_bad_settings_end_the_program_with_code_2_and_one_line(tmp_path, capsys, monkeypatch):

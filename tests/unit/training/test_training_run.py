@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_ranks import finish
+from training_ranks import finish, wait_for
 
 from cpm_cluster.training import merge_delta
 
@@ -23,14 +20,6 @@ def assert_same_tensors(left: dict, right: dict) -> None:
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), name
-
-
-def wait_for(condition, seconds: float = 30.0) -> None:
-    """Wait until something that a run does has happened."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_finished_run_leaves_everything_that_the_contract_names(tiny_run):
@@ -118,6 +107,19 @@ def test_a_lora_checkpoint_holds_the_delta_alone(tiny_run):
     assert run.losses[-1] < run.losses[0]
 
 
+def test_no_evaluation_and_no_clipping_are_settings_too(tiny_run):
+    run, clipped = tiny_run("run", **{"training.eval_every": 0, "training.clip_grad_norm": 0}), tiny_run("clipped")
+    clipped.change("training.clip_grad_norm", 0.01)
+    vast = tiny_run("vast", **{"training.clip_grad_norm": 1e30})
+
+    assert run.train() == clipped.train() == vast.train() == [0, 0]
+
+    assert [line["eval_loss"] for line in run.lines("metrics.jsonl")] == [None] * 6
+    assert "eval_loss" not in run.log()
+    assert run.losses == vast.losses != clipped.losses
+    assert run.lines("metrics.jsonl")[0]["grad_norm"] > 0.01
+
+
 def test_a_merged_delta_evaluates_like_the_tuned_model(tiny_run):
     lora = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["project_q", "w_0", "w_out"]}
     base = tiny_run("base")
@@ -193,11 +195,10 @@ def test_equal_seeds_give_equal_runs_and_other_seeds_other_runs(tiny_run):
 def test_a_stop_request_saves_at_the_next_step_and_the_run_can_go_on(tiny_run, how):
     run = tiny_run(**{"training.steps": 100_000, "training.checkpoint.every": 100_000})
     ranks = run.start()
-    wait_for(lambda: (run.directory / "metrics.jsonl").exists() and len(run.lines_so_far()) > 2)
+    wait_for(lambda: run.steps_recorded > 2)
 
     if how == "file":
-        (run.directory / "control").mkdir()
-        (run.directory / "control/stop").touch()
+        run.ask_to_stop()
     else:
         os.kill(ranks[1].pid, signal.Signals[how])
     assert finish(ranks) == [85, 85], run.log()
@@ -206,7 +207,7 @@ def test_a_stop_request_saves_at_the_next_step_and_the_run_can_go_on(tiny_run, h
     assert outcome["outcome"] == "stopped" and outcome["checkpoint_step"] == outcome["step"] > 2
     assert run.json("progress.json")["phase"] == "stopped"
     if how == "file":
-        (run.directory / "control/stop").unlink()
+        run.withdraw_stop()
     run.change("training.steps", outcome["step"] + 2)
     run.change("training.warmup_steps", 0)
     assert run.train() == [0, 0], run.log()
@@ -215,8 +216,7 @@ def test_a_stop_request_saves_at_the_next_step_and_the_run_can_go_on(tiny_run, h
 
 def test_under_torchrun_a_stop_is_no_failure(tiny_run):
     run = tiny_run()
-    (run.directory / "control").mkdir()
-    (run.directory / "control/stop").touch()
+    run.ask_to_stop()
 
     assert run.train(torchrun=True) == [0, 0]
 
@@ -286,17 +286,3 @@ def test_ranks_without_data_of_their_own_do_not_hang(tiny_run):
     assert run.train() == [0, 0], run.log()
 
     assert run.losses[-1] < run.losses[0]
-
-
-def test_the_program_runs_under_torchrun_and_alone(tiny_run):
-    grouped, alone = tiny_run("grouped"), tiny_run("alone", expected_world_size=1)
-    for run in (grouped, alone):
-        run.settings_path.write_text(json.dumps(run.raw))
-    program = ["-m", "cpm_cluster.training.finetune"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-    subprocess.run([*torchrun, *program, str(grouped.settings_path)], check=True, timeout=60)
-    subprocess.run([sys.executable, *program, str(alone.settings_path)], check=True, timeout=60)
-
-    assert grouped.json("outcome.json")["outcome"] == alone.json("outcome.json")["outcome"] == "finished"
-    assert grouped.json("progress.json")["world_size"] == 2

@@ -60,6 +60,8 @@ def test_all_problems_are_reported_in_one_error(tiny_json):
         ("training.lr", float("nan"), "training.lr: expected a number"),
         ("training.betas", [0.9], "training.betas: expected 2 values, got 1"),
         ("training.betas", [0.9, 1.0], "training.betas: must be in [0, 1)"),
+        ("training.eval_every", -1, "training.eval_every: must not be negative"),
+        ("training.clip_grad_norm", -0.5, "training.clip_grad_norm: must not be negative"),
         ("training.warmup_steps", 7, "training.warmup_steps: must be between 0 and steps"),
         ("training.checkpoint", 100, "training.checkpoint: expected an object, got 100"),
         ("training.precision", "fp8", 'training.precision: expected "fp32" or "bf16" or "fp16"'),

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 # One server imports torch once; each rank is a fork of it.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["cpm_cluster.training.finetune", "cpm_cluster.training.engines.torch_engine", "torch.distributed.fsdp"]
+    [
+        "cpm_cluster.training.run",
+        "cpm_cluster.training.engines.torch_engine",
+        "torch.distributed.fsdp",
+        "torch._dynamo",  # the first optimizer step imports it
+    ]
 )
 
 
-def start_ranks(settings: Path, world_size: int, logs: Path, torchrun: bool = False):
+def start_ranks(settings: str, world_size: int, logs: Path, torchrun: bool = False):
     """Start ``finetune SETTINGS`` on loopback as torchrun would, its output going to ``logs``."""
     port = free_port()
     processes = [
-        _SERVER.Process(target=_rank, args=(str(settings), rank, world_size, port, str(logs), torchrun))
+        _SERVER.Process(target=_rank, args=(settings, rank, world_size, port, str(logs), torchrun))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -39,6 +45,14 @@ def finish(processes, seconds: float = 60) -> list[int]:
     return [process.exitcode for process in processes]
 
 
+def wait_for(condition, seconds: float = 30.0) -> None:
+    """Wait until something that other processes do has happened."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
 def free_port() -> int:
     """Return a port that nobody uses."""
     with socket.socket() as probe:
@@ -47,16 +61,15 @@ def free_port() -> int:
 
 
 def _rank(settings: str, rank: int, world_size: int, port: int, logs: str, torchrun: bool) -> None:
-    log = os.open(f"{logs}/rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    faulthandler.enable()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["CPM_LOG_DIR"] = logs
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
     if torchrun:
         os.environ["TORCHELASTIC_RUN_ID"] = "test"
     from cpm_cluster.training.finetune import main
 
+    # A rank that collects garbage need not walk through what the server imported.
+    gc.freeze()
     raise SystemExit(main([settings]))

@@ -1,0 +1,154 @@
+"""The nodes' network: a bridge of this machine, and a cable from it to the network namespace of each host."""
+
+from __future__ import annotations
+
+import json
+import socket
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from cpm_cluster.sandbox.commands import run, succeeds
+from cpm_cluster.sandbox.mounts import mount_points
+from cpm_cluster.sandbox.state import Host, Sandbox, SandboxError
+
+HOSTS = Path("/etc/hosts")
+BEGIN, END = "# cpm sandbox: names of its nodes\n", "# cpm sandbox: end\n"
+NETNS = Path("/run/netns")
+
+
+def up(state: Sandbox) -> None:
+    """Bridge, nodes and names; what is there already stays, and cut links are mended.
+
+    Raises:
+        SandboxError: another sandbox or network is in the way, or the kernel lacks something.
+    """
+    _require_free_addresses(state)
+    _make_bridge(state)
+    for host in state.hosts:
+        _make_host(state, host)
+    if not succeeds(["iptables", "-C", *_rule(state)]):
+        run(["iptables", "-I", *_rule(state)])
+    write_names(state, HOSTS)
+    _require_names(state)
+
+
+def down(state: Sandbox) -> None:
+    """Remove what `up` made."""
+    for host in state.hosts:
+        if host.uts in mount_points():
+            run(["umount", str(host.uts)])
+        # not left to the end of the namespace, which a process in it could delay
+        if _link(host.link):
+            run(["ip", "link", "delete", host.link])
+        if host.netns.exists():
+            run(["ip", "netns", "delete", host.name])
+    if is_ours(state):
+        run(["ip", "link", "delete", state.bridge])
+    if succeeds(["iptables", "-C", *_rule(state)]):
+        run(["iptables", "-D", *_rule(state)])
+    _remove_empty_folder()
+    remove_names(HOSTS)
+
+
+def is_ours(state: Sandbox) -> bool:
+    """Whether the bridge is there, and is that of this sandbox."""
+    return bool(_link(state.bridge).get("ifalias") == _mark(state))
+
+
+def link_is_up(host: Host) -> bool:
+    """Whether the node's cable is plugged in."""
+    return "UP" in _link(host.link).get("flags", [])
+
+
+def write_names(state: Sandbox, hosts: Path) -> None:
+    """Put the nodes' names at the head of a hosts file, where they win.
+
+    In place: the file may be a mount, which cannot be replaced.
+    """
+    remove_names(hosts)
+    lines = [f"{host.address} {host.name}\n" for host in state.hosts]
+    hosts.write_text("".join([BEGIN, *lines, END, hosts.read_text()]))
+
+
+def remove_names(hosts: Path) -> None:
+    """Take out what `write_names` added; the rest stays as it is, to the byte."""
+    text = hosts.read_text()
+    if BEGIN in text and END in text:
+        before, _, rest = text.partition(BEGIN)
+        hosts.write_text(before + rest.partition(END)[2])
+
+
+def _require_free_addresses(state: Sandbox) -> None:
+    found = _link(state.bridge)
+    if found and not is_ours(state):
+        raise SandboxError(
+            f"the network interface {state.bridge} belongs to {found.get('ifalias') or 'something else'};"
+            " take that down first: cpm sandbox down --root FOLDER"
+        )
+    for route in json.loads(run(["ip", "-json", "-4", "route"])):
+        if route["dst"] == "default" or route.get("dev") == state.bridge:
+            continue
+        if IPv4Network(route["dst"]).overlaps(state.subnet):
+            raise SandboxError(f"the sandbox uses {state.subnet}, and so does {route.get('dev')} ({route['dst']})")
+
+
+def _make_bridge(state: Sandbox) -> None:
+    if not _link(state.bridge):
+        run(["ip", "link", "add", state.bridge, "type", "bridge"])
+        run(["ip", "link", "set", state.bridge, "alias", _mark(state)])
+    run(["ip", "address", "replace", f"{state.login_address}/{state.subnet.prefixlen}", "dev", state.bridge])
+    run(["ip", "link", "set", state.bridge, "up"])
+
+
+def _make_host(state: Sandbox, host: Host) -> None:
+    if host.netns not in mount_points():
+        host.netns.unlink(missing_ok=True)
+        run(["ip", "netns", "add", host.name])
+    if host.uts not in mount_points():
+        host.uts.touch()
+        run(["unshare", f"--uts={host.uts}", "hostname", host.name])
+    if not _link(host.link):
+        run(["ip", "link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name])
+        run(["ip", "link", "set", host.link, "master", state.bridge])
+    inside = ["ip", "-netns", host.name]
+    run([*inside, "address", "replace", f"{host.address}/{state.subnet.prefixlen}", "dev", "eth0"])
+    for interface in ("lo", "eth0"):
+        run([*inside, "link", "set", interface, "up"])
+    run(["ip", "link", "set", host.link, "up"])
+
+
+def _rule(state: Sandbox) -> list[str]:
+    """Frames between nodes pass the firewall: dockerd drops what is forwarded, and with br_netfilter that is these."""
+    same_bridge = ["-i", state.bridge, "-o", state.bridge]
+    return ["FORWARD", *same_bridge, "-m", "comment", "--comment", "cpm sandbox", "-j", "ACCEPT"]
+
+
+def _require_names(state: Sandbox) -> None:
+    for host in state.hosts:
+        try:
+            found = socket.gethostbyname(host.name)
+        except OSError as error:
+            found = str(error)
+        if found != str(host.address):
+            raise SandboxError(f"{host.name} is {host.address} in {HOSTS}, and yet it resolves to {found}")
+
+
+def _remove_empty_folder() -> None:
+    """`ip netns add` mounts this folder; it goes with the last namespace."""
+    if NETNS in mount_points() and not any(NETNS.iterdir()):
+        run(["umount", str(NETNS)])
+        NETNS.rmdir()
+
+
+def _link(name: str) -> dict[str, Any]:
+    """What `ip` knows of an interface; empty if there is none of that name."""
+    if not Path("/sys/class/net", name).exists():
+        return {}
+    found: list[dict[str, Any]] = json.loads(run(["ip", "-json", "link", "show", "dev", name]))
+    return found[0]
+
+
+def _mark(state: Sandbox) -> str:
+    """The bridge's alias, by which it is known to be ours."""
+    return f"cpm sandbox {state.root}"

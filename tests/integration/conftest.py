@@ -1,0 +1,82 @@
+"""Fixtures of real runs. Every test ends with nobody left: whatever a run started, however it hides, is found here."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from local_runs import LocalRuns, Terminal, all_processes, command_line, is_alive, parent_of
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+# The last process of a run may still be on its way out when the run's records say that it has ended.
+SETTLING_S = 5.0
+
+
+def descendants() -> list[int]:
+    """Everything alive below this process, orphans included."""
+    parents = {pid: parent_of(pid) for pid in all_processes()}
+
+    def is_below(pid: int) -> bool:
+        while pid > 1:
+            pid = parents.get(pid, 0)
+            if pid == os.getpid():
+                return True
+        return False
+
+    return [pid for pid in parents if is_below(pid) and is_alive(pid)]
+
+
+def reap() -> None:
+    """Collect orphans that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A user's folders; fails the test when a process is left, also one that has hidden from its run."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    before = set(descendants())
+    made = LocalRuns(tmp_path)
+    yield made
+    left = _left_after(SETTLING_S, before)
+    described = [f"{pid}: {command_line(pid)[:200]}" for pid in left]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    _left_after(SETTLING_S, before)
+    prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+    assert not described, "processes are left: " + "; ".join(described)
+
+
+def _left_after(seconds: float, before: set[int]) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in descendants() if pid not in before]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    reap()
+    return left
+
+
+@pytest.fixture
+def terminal(runs):
+    """Open programs on a pseudo-terminal: `terminal("cpm-submit", job)`."""
+    opened = []
+
+    def open_terminal(program, *words, **options):
+        opened.append(Terminal(runs, program, *words, **options))
+        return opened[-1]
+
+    yield open_terminal
+    for each in opened:
+        each.kill()
