@@ -7,6 +7,7 @@ signal n; otherwise the program's own.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -38,6 +39,8 @@ EXIT_USER_ERROR, EXIT_NODE_ERROR = 2, 3
 # Slurm's KillWait is 30 s: what is not saved by then is lost anyway.
 GRACE_AFTER_TERM_S = 25.0
 GRACE_OF_STRAGGLERS_S = 5.0
+# For what was asked and had its time.
+GRACE_OF_THE_LATE_S = 1.0
 # Of the time before the limit; the rest is for cleaning up.
 LEAD_USED = 0.8
 POLL_S = 0.1
@@ -52,6 +55,7 @@ class NodeAgent:
         self.signals: list[int] = []
         self.stopped_by: int | None = None
         self.deadline: float | None = None
+        self.ending = False
         self.killed = False
         self.started = time.time()
 
@@ -106,8 +110,8 @@ class NodeAgent:
             return 128 + self.stopped_by
         self._enter(node, "training")
         process = self._start(run_argv(self.plan, node), environment, log)
-        # what got a request together with the program, as a child of a shell does, may take as long to save
-        while process.poll() is None or (self.stopped_by and process_tree.group_exists(process.pid)):
+        # what was told to end together with the program, as a child of a shell is, may take as long to save
+        while process.poll() is None or (self.ending and process_tree.group_exists(process.pid)):
             self._pass_on_requests(node, process)
             process_tree.reap(but=process.pid)
             time.sleep(POLL_S)
@@ -134,30 +138,40 @@ class NodeAgent:
             raise NodeError(f"{argv[0]} cannot be run on this node: {error.strerror}") from error
 
     def _pass_on_requests(self, node: NodeFacts, process: subprocess.Popen[bytes]) -> None:
-        """A first signal asks for a checkpoint; a second one, or the deadline, ends the program."""
+        """USR2 asks for a checkpoint, another signal to end, the next one to end at once."""
         while self.signals:
             number = self.signals.pop(0)
             append_event(
                 self.files.events(node.name), "signal", attempt=node.attempt, signal=signal.Signals(number).name
             )
-            if self.stopped_by is None or (self.stopped_by == signal.SIGUSR2 and number != signal.SIGUSR2):
-                self._ask_to_stop(number, process)
+            if number == signal.SIGUSR2 and self.stopped_by is None:
+                self._warn(process)
+            elif number != signal.SIGUSR2 and not self.ending:
+                self._ask_to_end(number, process)
             elif number != signal.SIGUSR2:
                 self.deadline = time.monotonic()
         if self.deadline is not None and time.monotonic() >= self.deadline:
             if not self.killed:
                 append_event(self.files.events(node.name), "killed", attempt=node.attempt)
             self.killed = True
-            process_tree.end_all(lambda: process_tree.descendants(os.getpid()), GRACE_OF_STRAGGLERS_S)
+            process_tree.end_all(lambda: process_tree.descendants(os.getpid()), GRACE_OF_THE_LATE_S)
 
-    def _ask_to_stop(self, number: int, process: subprocess.Popen[bytes]) -> None:
-        self.stopped_by = number
-        grace = LEAD_USED * self.plan.signal_lead_s if number == signal.SIGUSR2 else GRACE_AFTER_TERM_S
-        self.deadline = time.monotonic() + grace
+    def _warn(self, process: subprocess.Popen[bytes]) -> None:
+        """The time limit is near. Whoever has no handler for USR2 would die of it: a shell, tee, torchrun."""
+        self.stopped_by = signal.SIGUSR2
+        self.deadline = time.monotonic() + LEAD_USED * self.plan.signal_lead_s
+        if self.plan.trainer is None:
+            process_tree.send(process_tree.handlers_of(process.pid, signal.SIGUSR2), signal.SIGUSR2)
+        else:
+            write_text(self.files.stop_request, "")
+
+    def _ask_to_end(self, number: int, process: subprocess.Popen[bytes]) -> None:
+        self.ending = True
+        self.stopped_by = self.stopped_by or number
+        self.deadline = min(self.deadline or math.inf, time.monotonic() + GRACE_AFTER_TERM_S)
         if self.plan.trainer is None:
             process_tree.send_to_group(process.pid, number)
-        else:
-            # torchrun would give its ranks 30 s after SIGTERM, and passes USR2 on to nobody
+        else:  # not through torchrun, which kills its ranks 30 s after a SIGTERM
             write_text(self.files.stop_request, "")
 
     def _exit_code(self, returncode: int) -> int:

@@ -93,6 +93,13 @@ def reap(but: int = 0) -> None:
         os.waitpid(ended.si_pid, 0)
 
 
+def handlers_of(pid: int, number: int) -> list[int]:
+    """The outermost processes, at and below `pid`, that handle a signal: what they started is theirs to tell."""
+    if _handles(pid, number):
+        return [pid]
+    return [handler for child in _children(pid) for handler in handlers_of(child, number)]
+
+
 def group_exists(group: int) -> bool:
     """Whether a process of this process group is left."""
     try:
@@ -120,6 +127,16 @@ def _children(pid: int) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler: a bit of SigCgt, proc_pid_status(5)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def _is_zombie(pid: int) -> bool:

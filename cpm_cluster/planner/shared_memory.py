@@ -33,17 +33,17 @@ def shared_memory(spec: JobSpec) -> SharedMemory:
     """
     stated = spec.resources.shm_bytes
     if stated is not None:
-        origin = spec.origins.get("resources.shm")
-        return SharedMemory(stated, str(origin), "as stated in resources.shm")
+        return SharedMemory(stated, str(spec.origins["resources.shm"]), "as stated in resources.shm")
     gpus = spec.resources.gpus_per_node
     nvlink = spec.cluster.nvlink if spec.cluster.nvlink is not None else bool(spec.gpu and spec.gpu.nvlink)
     channels = CHANNELS_WITH_NVLINK if nvlink else CHANNELS_WITHOUT_P2P
     nccl = gpus * channels * SEGMENTS_PER_CHANNEL * NCCL_SEGMENT_BYTES
     needed = max(FLOOR_BYTES, -(-int(MARGIN * nccl) >> 30) << 30)
-    if spec.resources.memory_per_node_bytes is not None:
-        needed = min(needed, spec.resources.memory_per_node_bytes)
+    memory = spec.resources.memory_per_node_bytes
     why = (
         f"NCCL: {gpus} GPUs × {channels} channels × {SEGMENTS_PER_CHANNEL} × {NCCL_SEGMENT_BYTES:,} B"
         f" = {format_size(nccl)}, × {MARGIN}, at least the manual's {format_size(FLOOR_BYTES)}, in whole GiB"
     )
+    if memory is not None and memory < needed:
+        return SharedMemory(memory, "computed", f"{why}, but no more than resources.memory_per_node")
     return SharedMemory(needed, "computed", why)

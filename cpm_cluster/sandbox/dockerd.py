@@ -44,7 +44,12 @@ class Engine:
     @property
     def data(self) -> Path:
         """Images and containers."""
-        return self.state.root / "docker" / self.name
+        return store(self.state) / self.name
+
+    @property
+    def file(self) -> ProcessFile:
+        """By which its process is found again."""
+        return ProcessFile(self.state.run / f"dockerd-{self.name}.pid")
 
     @property
     def daemon(self) -> Daemon:
@@ -68,7 +73,7 @@ class Engine:
             name=f"dockerd-{self.name}",
             argv=tuple(argv),
             log=self.state.log / f"dockerd-{self.name}.log",
-            file=ProcessFile(self.state.run / f"dockerd-{self.name}.pid"),
+            file=self.file,
             ready=lambda: succeeds([*self._client, "version"], patience_s=5),
             # docker offers --gpus if it finds NVIDIA's hook on PATH when it starts
             environment={"PATH": f"{self.state.bin}:{SYSTEM_PATH}"},
@@ -112,3 +117,8 @@ def engines(state: Sandbox) -> list[Engine]:
 def run_folder(state: Sandbox) -> Path:
     """Where the sockets are."""
     return state.run / "docker"
+
+
+def store(state: Sandbox) -> Path:
+    """Where all images and containers are."""
+    return state.root / "docker"

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from cpm_cluster.runs.records import read_json, write_json, write_text
+from cpm_cluster.runs.records import read_json, write_json
 from cpm_cluster.sandbox.commands import run
 from cpm_cluster.sandbox.image_archive import sha256_of, write_archive
 from cpm_cluster.sandbox.state import Sandbox, SandboxError
 
-PACKAGES = {"debootstrap": "debootstrap", "strip": "binutils"}
+PACKAGES = {"mmdebstrap": "mmdebstrap", "strip": "binutils"}
 PATIENCE_S = 900.0
 
 
@@ -51,7 +51,7 @@ def archive(state: Sandbox, manifest: Manifest) -> Path:
 
 def read_manifest(state: Sandbox) -> Manifest | None:
     """The manifest of an archive that is there in its full length; None otherwise."""
-    found = read_json(folder(state) / f"{_stem(_read_recipe()['tag'])}.json")
+    found = read_json(folder(state) / f"{stem(_read_recipe()['tag'])}.json")
     try:
         manifest = Manifest(**found) if found else None
         complete = manifest is not None and archive(state, manifest).stat().st_size == manifest.bytes
@@ -61,35 +61,22 @@ def read_manifest(state: Sandbox) -> Manifest | None:
 
 
 def ensure(state: Sandbox) -> Manifest:
-    """Build the archive, unless one of this recipe is there, and the catalogue entry of the ordinary user.
+    """The archive of the present recipe, built unless it is there.
 
     Raises:
         SandboxError: packages cannot be fetched, or what was built cannot train.
     """
-    recipe = _read_recipe()
     manifest = read_manifest(state)
     if manifest is None or manifest.recipe != _recipe_digest():
-        manifest = _build(state, recipe)
-    write_catalogue_entry(state, manifest)
+        manifest = _build(state, _read_recipe())
     return manifest
 
 
-def write_catalogue_entry(state: Sandbox, manifest: Manifest) -> None:
-    """Describe the stand-in among the user's own configs, which win over the packaged ones by name.
+def catalogue_entry(manifest: Manifest) -> str:
+    """The image file of the stand-in, for the user's own configs, which win over the packaged ones by name.
 
     So a job file that names cpmlive-flash:0.0.4 gets the stand-in here, and the original on a real cluster, unchanged.
     """
-    path = state.home / ".config" / "cpm-cluster" / "images" / f"{_stem(manifest.tag)}.yaml"
-    text = catalogue_entry(manifest)
-    if path.exists() and path.read_text() == text:
-        return
-    write_text(path, text)
-    for made in (path, *list(path.parents)[:3]):
-        os.chown(made, state.uid, state.gid)
-
-
-def catalogue_entry(manifest: Manifest) -> str:
-    """The image file (configs/images) of the stand-in."""
     software = dict(manifest.software)
     entry = {
         "tag": manifest.tag,
@@ -121,7 +108,7 @@ def _build(state: Sandbox, recipe: dict[str, Any]) -> Manifest:
 def _install_debian(rootfs: Path, debian: dict[str, Any]) -> None:
     packages = ",".join(debian["packages"])
     run(
-        ["debootstrap", "--variant=minbase", f"--include={packages}", debian["suite"], str(rootfs)],
+        ["mmdebstrap", "--variant=essential", f"--include={packages}", debian["suite"], str(rootfs)],
         patience_s=PATIENCE_S,
     )
 
@@ -192,7 +179,7 @@ def _save(state: Sandbox, recipe: dict[str, Any], work: Path, software: dict[str
     manifest = Manifest(
         tag=tag,
         image_id=f"sha256:{image_id}",
-        file=f"{_stem(tag)}.tar",
+        file=f"{stem(tag)}.tar",
         bytes=written.stat().st_size,
         sha256=sha256_of(written),
         stand_in=recipe["labels"]["cpm.stand-in"],
@@ -200,7 +187,7 @@ def _save(state: Sandbox, recipe: dict[str, Any], work: Path, software: dict[str
         recipe=_recipe_digest(),
     )
     os.replace(written, archive(state, manifest))
-    write_json(folder(state) / f"{_stem(tag)}.json", asdict(manifest))
+    write_json(folder(state) / f"{stem(tag)}.json", asdict(manifest))
     return manifest
 
 
@@ -221,6 +208,6 @@ def _recipe_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "containers" / "cpu"
 
 
-def _stem(tag: str) -> str:
+def stem(tag: str) -> str:
     """Name of an image's files, as the catalogue names them."""
     return tag.replace("/", "-").replace(":", "-")

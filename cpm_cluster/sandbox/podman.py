@@ -21,7 +21,6 @@ from cpm_cluster.sandbox.state import Sandbox, SandboxError
 
 LOAD_PATIENCE_S = 600.0
 CDI = Path("/run/cdi/cpm-sandbox.json")
-LEFTOVERS = (CDI, CDI.parent)
 
 
 def prepare(state: Sandbox) -> None:
@@ -50,7 +49,7 @@ def load(state: Sandbox, manifest: Manifest) -> None:
 
 
 def devices(state: Sandbox) -> dict[str, Any]:
-    """The pretend GPUs in the Container Device Interface, each by its UUID, as `nvidia-ctk cdi generate` lists real ones.
+    """The pretend GPUs in the Container Device Interface, each by its UUID, as nvidia-ctk lists real ones.
 
     Mounts stand for device nodes, since those are created anew, which an ordinary user cannot.
     """
@@ -69,6 +68,11 @@ def devices(state: Sandbox) -> dict[str, Any]:
         "containerEdits": {"mounts": nvidia_smi},
         "devices": listed,
     }
+
+
+def leftovers(state: Sandbox) -> tuple[Path, ...]:
+    """Files outside the sandbox's folder, inner ones first: the devices, and the shared memory of podman's locks."""
+    return CDI, CDI.parent, Path(f"/dev/shm/libpod_rootless_lock_{state.uid}")
 
 
 def run_folder(state: Sandbox) -> Path:
@@ -91,15 +95,10 @@ def _mount(source: Path, target: Path | str) -> dict[str, Any]:
 
 
 def _image_id(state: Sandbox, tag: str) -> str:
-    found = _podman(state, "image", "ls", "--no-trunc", "--format={{.ID}}", f"--filter=reference={tag}")
-    return found.strip()
+    return _podman(state, "image", "ls", "--no-trunc", "--format={{.ID}}", tag).strip()
 
 
 def _podman(state: Sandbox, *words: str) -> str:
-    as_user = ["setpriv", f"--reuid={state.uid}", f"--regid={state.gid}", "--clear-groups", "--"]
-    environment = {
-        "HOME": str(state.home),
-        "XDG_RUNTIME_DIR": str(run_folder(state)),
-        "PATH": SYSTEM_PATH,
-    }
+    as_user = ["setpriv", f"--reuid={state.uid}", f"--regid={state.gid}", "--clear-groups", "--", "env", "--chdir=/"]
+    environment = {"HOME": str(state.home), "XDG_RUNTIME_DIR": str(run_folder(state)), "PATH": SYSTEM_PATH}
     return run([*as_user, "podman", *words], environment=environment, patience_s=LOAD_PATIENCE_S)

@@ -157,7 +157,11 @@ def _start_slurm(state: Sandbox) -> None:
     with step("slurmctld"):
         daemons.slurmctld(state).start()
     with step(f"slurmd of {len(state.nodes)} nodes"):
+        silent = [name for name, what in _node_states(state).items() if what.endswith("*")]
         for node in state.nodes:
+            # slurmctld asks a DOWN node again after ten minutes; a slurmd that starts reports at once
+            if node.name in silent:
+                daemons.slurmd(state, node).stop()
             daemons.slurmd(state, node).start()
         if not wait_for(lambda: _resume(state), PATIENCE_WITH_NODES_S, pause_s=0.5):
             found = ", ".join(f"{name} is {what}" for name, what in sorted(_node_states(state).items()))
@@ -174,7 +178,7 @@ def _stop_slurm(state: Sandbox) -> None:
 def _resume(state: Sandbox) -> bool:
     """Whether all nodes can be used; those that were taken out of service are brought back."""
     states = _node_states(state)
-    out = sorted(name for name, what in states.items() if what.startswith(("drain", "down")) and "*" not in what)
+    out = sorted(name for name, what in states.items() if what.startswith(("drain", "down")) and not what.endswith("*"))
     if out:
         _slurm(state, "scontrol", "update", f"nodename={','.join(out)}", "state=resume")
     return set(states) == set(state.node_names) and all(what in USABLE for what in states.values())

@@ -120,7 +120,9 @@ def parse_value(data: bytes, name: str, set_by: str, problems: list[Problem], pa
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problems.append(Problem(source.of(mark), "", f"is not valid YAML: {_reason(error, data)}"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:  # PyYAML's own parser; libyaml has no such guard, see _check_depth
+        problems.append(Problem(Location(name), "", TOO_DEEP))
+    except (yaml.YAMLError, ValueError) as error:
         problems.append(Problem(Location(name), "", f"is not valid YAML: {' '.join(str(error).split())}"))
     return None
 
@@ -188,21 +190,23 @@ def _check_depth(text: str, source: _Source) -> None:
 
 TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels; no file of this kind is"
 
-# What the parser says, and what its author most likely did. {line}: where the broken construct begins.
+# What the parser says (libyaml or PyYAML's own), and what the author most likely did; {line}: where that begins.
 _REASONS = {
-    "did not find expected ',' or ']'": "a comma is missing here, or the ] of the list that begins in line {line}",
-    "did not find expected ',' or '}'": "a comma is missing here, or the } of the mapping that begins in line {line}",
+    "expected ',' or ']'": "a comma is missing here, or the ] of the list that begins in line {line}",
+    "expected ',' or '}'": "a comma is missing here, or the } of the mapping that begins in line {line}",
     "mapping values are not allowed": "a colon is not expected here; mend the indentation, or put text with `: ` in it"
     " in quotes",
     "could not find expected ':'": "a colon is missing: every line is `key: value`, and a key is one word",
     "did not find expected key": "the indentation is not that of the lines above",
     "did not find expected '-' indicator": "the indentation is not that of the lines above",
-    "did not find expected alphabetic or numeric": "a value cannot start with * or &; put it in quotes",
+    "expected <block end>": "the indentation is not that of the lines above",
+    "expected alphabetic or numeric": "a value cannot start with * or &; put it in quotes",
     "found undefined alias": "a value that starts with * repeats one that was marked with &, and none was; for text,"
     " put it in quotes",
     "found unknown escape character": "between double quotes, \\ starts an escape; use single quotes",
     "found unexpected end of stream": "the quote that begins in line {line} is not closed",
     "did not find expected <document start>": "a `key: value` line is expected here",
+    "expected '<document start>'": "a `key: value` line is expected here",
     "expected a single document": "a second document begins here (---); write a file for each",
 }
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cpm_cluster.sandbox import cgroups, network, requirements, sandbox
 from cpm_cluster.sandbox.commands import SYSTEM_PATH
 from cpm_cluster.sandbox.daemons import all_daemons
 from cpm_cluster.sandbox.mounts import below, mount_points
-from cpm_cluster.sandbox.state import Sandbox, SandboxError
+from cpm_cluster.sandbox.state import Node, Sandbox, SandboxError
 
 MISSING = requirements.missing_packages(requirements.PACKAGES)
 pytestmark = [
@@ -163,16 +164,29 @@ def test_a_job_in_the_other_partition_is_preempted_and_requeued(cluster: Sandbox
     slurm(cluster, "scancel", low)
 
 
-@pytest.mark.timeout(400)
-def test_a_node_whose_link_is_cut_is_down_until_the_link_is_back(cluster: Sandbox) -> None:
-    node = cluster.nodes[1]
+@contextmanager
+def cut(node: Node) -> Iterator[None]:
     subprocess.run(["ip", "link", "set", node.link, "down"], check=True)
     try:
-        assert eventually(lambda: node_states(cluster)[node.name] == "down*", 150)
-        assert [n.name for n in sandbox.status(cluster).nodes if not n.link_up] == [node.name]
+        yield
     finally:
         subprocess.run(["ip", "link", "set", node.link, "up"], check=True)
-    assert eventually(lambda: node_states(cluster)[node.name] == "idle", 120)
+
+
+def test_a_link_that_is_cut_for_a_while_costs_nothing(cluster: Sandbox) -> None:
+    node = cluster.nodes[5]
+    with cut(node):
+        assert eventually(lambda: node_states(cluster)[node.name] == "idle*", 100), "Slurm misses it"
+        assert [n.name for n in sandbox.status(cluster).nodes if not n.link_up] == [node.name]
+    assert eventually(lambda: node_states(cluster)[node.name] == "idle", 60)
+
+
+def test_a_node_whose_link_stays_cut_is_down_and_up_brings_it_back(cluster: Sandbox) -> None:
+    node = cluster.nodes[1]
+    with cut(node):
+        assert eventually(lambda: node_states(cluster)[node.name] == "down*", 150)
+    sandbox.up(cluster, install=False, with_containers=False)
+    assert node_states(cluster)[node.name] == "idle"
 
 
 def test_jobs_outlive_the_controller(cluster: Sandbox) -> None:

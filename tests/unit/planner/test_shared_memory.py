@@ -41,8 +41,9 @@ class TestComputed:
 
     def test_it_is_no_more_than_the_job_has(self, tmp_path: Path) -> None:
         """It is a limit, whose pages count in the job's memory: a small job needs no more for it."""
-        spec = small(tmp_path, "training.precision=fp32", "resources.memory_per_node=1G", gpus=0)
-        assert shared_memory(spec).bytes == 1 * GIB
+        size = shared_memory(small(tmp_path, "training.precision=fp32", "resources.memory_per_node=1G", gpus=0))
+        assert size.bytes == 1 * GIB
+        assert size.why.endswith("but no more than resources.memory_per_node")
 
 
 class TestStated:

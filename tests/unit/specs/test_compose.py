@@ -231,7 +231,9 @@ def test_an_unknown_profile_is_one_problem(refused, cpu_job):
     ]
 
 
-@pytest.mark.parametrize("name", ["no such name", "", "[a]", "a" * 5000, "~nobody-of-that-name/x.yaml", '"a\\0b"'])
+@pytest.mark.parametrize(
+    "name", ["no such name", "", "[a]", "a/b", "a" * 300, "a" * 5000, "~nobody-of-that-name/x.yaml", '"a\\0b"']
+)
 @pytest.mark.parametrize("key", ["cluster", "profile", "model", "image"])
 def test_a_name_that_leads_nowhere_is_one_problem(refused, load, cpu_job, key, name):
     lines = [line for line in cpu_job.splitlines() if not line.startswith(f"{key}:")]

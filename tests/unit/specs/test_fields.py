@@ -132,6 +132,7 @@ def test_what_is_taken(type_, text, value):
         (ListOf(Integer(), minimum=2), "[1]", "is too short; write a list, [a, b] (2 or more)"),
         (MapOf(Text(), "[a-z]+", "a word"), "[a]", "is a list; write a mapping, {key: value}"),
         (MapOf(Text(), "[a-z]+", "a word"), "{X: 1}", '"X" is not a word'),
+        (MapOf(Text(), "/.*", "a path"), '{"/\\e[2J": 1}', r'"/\x1b[2J" is not a path'),
     ],
 )
 def test_what_is_refused_and_what_is_said(type_, text, what):
