@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Iterator
 
 from cpm_cluster.agent.surroundings import NodeError
 from cpm_cluster.launch.plan import Archive, LaunchPlan, NodeFacts
 from cpm_cluster.runs.records import append_event
 
 CLIENTS = {"docker": "docker", "docker-rootless": "docker", "podman": "podman"}
+LOCK = "/var/tmp/cpm-image-{uid}.lock"
+PATIENCE_WITH_SLURM_S = 30
+LISTED = '{{.ID}}\t{{.Label "cpm.job"}}\t{{.Label "cpm.node"}}'
 
 
-def ensure_image(plan: LaunchPlan) -> None:
-    """Load the image from its archive where it is missing.
+def is_used(plan: LaunchPlan) -> bool:
+    """Whether the agent itself starts a container; with pyxis, srun has done that already."""
+    return plan.container is not None and plan.runtime in CLIENTS
+
+
+def ensure_image(plan: LaunchPlan) -> str:
+    """Load the image from its archive where it is missing; its id.
 
     Raises:
         NodeError: there is neither image nor archive, or the archive is not what was published.
     """
-    client, container = CLIENTS.get(plan.runtime), plan.container
-    if client is None or container is None or _succeeds([client, "image", "inspect", container.image]):
-        return
-    if container.archive is None:
-        raise NodeError(
-            f"{container.image} is not on this node, and there is no archive to load it from;"
-            " name image_folder in the cluster file, and archive in the image file"
-        )
-    check_archive(container.archive)
-    if not _succeeds([client, "load", "--input", container.archive.path]):
-        raise NodeError(f"{client} load --input {container.archive.path} failed; its message is in the log above")
-    if not _succeeds([client, "image", "inspect", container.image]):
+    client, container = CLIENTS[plan.runtime], plan.container
+    assert container is not None
+    with _alone():
+        found = _image_id(client, container.image)
+        if found is not None:
+            return found
+        if container.archive is None:
+            raise NodeError(
+                f"{container.image} is not on this node, and there is no archive to load it from;"
+                " name image_folder in the cluster file, and archive in the image file"
+            )
+        check_archive(container.archive)
+        _load(client, container.archive)
+        found = _image_id(client, container.image)
+    if found is None:
         raise NodeError(f"{container.archive.path} holds another image than {container.image}")
+    return found
 
 
 def check_archive(archive: Archive) -> None:
@@ -49,23 +65,72 @@ def check_archive(archive: Archive) -> None:
 
 def remove(plan: LaunchPlan, node: NodeFacts, events: Path) -> None:
     """Record how the container ended, then remove it, running or not."""
-    client, id_file = CLIENTS.get(plan.runtime), Path(node.container_id_file)
-    if client is None or not id_file.exists():
-        return
-    container_id = id_file.read_text().strip()
-    found = subprocess.run([client, "inspect", container_id], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if found.returncode == 0:
-        state = json.loads(found.stdout)[0].get("State", {})
+    client, id_file = CLIENTS[plan.runtime], Path(node.container_id_file)
+    container_id = id_file.read_text().strip() if id_file.exists() else ""
+    if container_id:
+        state = _inspected(client, container_id).get("State", {})
         append_event(events, "container", attempt=node.attempt, id=container_id, state=state)
-        _succeeds([client, "rm", "--force", container_id])
-    id_file.unlink()
+        _run([client, "rm", "--force", "--volumes", container_id])
+    id_file.unlink(missing_ok=True)
 
 
-def _succeeds(argv: list[str]) -> bool:
+def sweep_orphans(plan: LaunchPlan, node: NodeFacts, events: Path) -> None:
+    """Remove what dead jobs left on this node; a job that Slurm still knows, or cannot be asked about, is alive."""
+    client = CLIENTS[plan.runtime]
+    listed = _run([client, "ps", "--all", "--filter", "label=cpm.job", "--format", LISTED])
+    for line in listed.stdout.decode("utf-8", "replace").splitlines():
+        container_id, job, name = (line.split("\t") + ["", ""])[:3]
+        if name == node.name and job != node.job_id and job.isdigit() and not _job_is_alive(job):
+            _run([client, "rm", "--force", "--volumes", container_id])
+            append_event(events, "orphan", attempt=node.attempt, id=container_id, job=job)
+
+
+def _job_is_alive(job: str) -> bool:
+    argv = ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]
     try:
-        return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 0
+        done = subprocess.run(argv, capture_output=True, timeout=PATIENCE_WITH_SLURM_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    if done.returncode != 0:
+        return b"Invalid job id" not in done.stderr
+    states = done.stdout.decode("utf-8", "replace").split()
+    return any(state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED") for state in states)
+
+
+def _load(client: str, archive: Archive) -> None:
+    done = _run([client, "load", "--input", archive.path])
+    if done.returncode != 0:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise NodeError(f"{client} load --input {archive.path} failed: {said[-1] if said else 'it said nothing'}")
+
+
+def _image_id(client: str, image: str) -> str | None:
+    found = _run([client, "image", "inspect", "--format", "{{.Id}}", image])
+    return found.stdout.decode("utf-8", "replace").strip() if found.returncode == 0 else None
+
+
+def _inspected(client: str, container_id: str) -> dict[str, Any]:
+    found = _run([client, "inspect", container_id])
+    try:
+        first = json.loads(found.stdout)[0]
+    except (ValueError, IndexError, KeyError):
+        return {}
+    return first if isinstance(first, dict) else {}
+
+
+def _run(argv: list[str]) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True)
     except OSError as error:
         raise NodeError(f"{argv[0]} cannot be run on this node: {error.strerror}") from error
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One load of this user's at a time on this machine: two would unpack the same layers twice."""
+    with open(LOCK.format(uid=os.getuid()), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """One process per node: prepares, starts the program, passes requests on to it, cleans up, records how it ended.
 
-Phases, each an event: prepare, image (containers), training, cleanup. Exit codes: 0 finished; 85 stopped with a
+Phases, each an event: prepare, preflight, then for containers docker (a daemon of the job's own, where it is rootless)
+and image; training; cleanup. Exit codes: 0 finished; 85 stopped with a
 checkpoint before the time limit; 2 the user can correct it; 3 this node cannot run the job; 128 + n ended by
 signal n; otherwise the program's own.
 """
@@ -18,8 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cpm_cluster.agent import containers, process_tree
+from cpm_cluster.agent import containers, preflight, process_tree
+from cpm_cluster.agent.gathering import gather
 from cpm_cluster.agent.guard import PASSED_ON
+from cpm_cluster.agent.rootless_docker import RootlessDocker
 from cpm_cluster.agent.surroundings import (
     SECRETS_FILE,
     NodeError,
@@ -46,6 +49,14 @@ LEAD_USED = 0.8
 POLL_S = 0.1
 
 
+# How long a node that saved waits for the others to end too, before srun ends the step for the first that leaves.
+PATIENCE_WITH_OTHERS_S = 60.0
+
+
+class _AskedToEnd(Exception):
+    """A signal came before there was anything to save."""
+
+
 class NodeAgent:
     """The life of one attempt on one node."""
 
@@ -55,6 +66,8 @@ class NodeAgent:
         self.signals: list[int] = []
         self.stopped_by: int | None = None
         self.deadline: float | None = None
+        self.preparing = False
+        self.docker: RootlessDocker | None = None
         self.ending = False
         self.killed = False
         self.started = time.time()
@@ -71,6 +84,9 @@ class NodeAgent:
             node = node_facts(self.files, os.environ)
             self._enter(node, "prepare", pid=os.getpid())
             code = self._attempt(node)
+        except _AskedToEnd as request:
+            self.stopped_by = int(str(request))
+            code = 128 + self.stopped_by
         except (NodeError, OSError, subprocess.SubprocessError) as error:
             print(f"cpm: {error}", file=sys.stderr, flush=True)
             if node is not None:
@@ -80,24 +96,50 @@ class NodeAgent:
                 self._enter(node, "cleanup")
                 clean = self._clean_up(node)
                 self._record_exit(node, code, clean)
+                self._leave_together(node, code)
         return code
 
     def _attempt(self, node: NodeFacts) -> int:
+        self.preparing = True
+        node = self._prepare(node)
+        self.preparing = False
         environment = {
             **program_environment(self.plan, node, str(self.files.node_dir(node.attempt, node.index))),
             **secret_values(self.plan.secrets, home_file(SECRETS_FILE)),
         }
         if node.index == 0:
             self._forget_earlier_attempts()
-        if self.plan.container is not None:
-            node = replace(node, gpu_uuids=gpu_uuids(self.plan))
-            self._enter(node, "image")
-            containers.ensure_image(self.plan)
+        if containers.is_used(self.plan):
             lines = "".join(f"{name}={value}\n" for name, value in sorted(environment.items()))
             write_text(Path(node.environment_file), lines, 0o600)
             environment = {}
         with open(self.files.node_dir(node.attempt, node.index) / "node.log", "ab") as log:
             return self._train(node, environment, log)
+
+    def _prepare(self, node: NodeFacts) -> NodeFacts:
+        """Find out what is wrong before it costs anything; the facts with the GPUs and the port of this attempt."""
+        self._enter(node, "preflight")
+        if self.plan.container is not None:
+            node = replace(node, gpu_uuids=gpu_uuids(self.plan))
+        findings = preflight.preflight(self.plan, node, os.environ)
+        self._record(node, findings)
+        preflight.refuse(node, findings)
+        gathered = gather(self.plan, node)
+        self._record(node, preflight.clock(gathered.clock_skew_s))
+        if self.plan.runtime == "docker-rootless":
+            self._enter(node, "docker")
+            self.docker = RootlessDocker(self.plan, node, self.files.node_dir(node.attempt, node.index) / "dockerd.log")
+            os.environ.update(self.docker.environment)
+        if containers.is_used(self.plan):
+            self._enter(node, "image")
+            containers.sweep_orphans(self.plan, node, self.files.events(node.name))
+            image = containers.ensure_image(self.plan)
+            append_event(self.files.events(node.name), "image", attempt=node.attempt, id=image)
+        return replace(node, master_port=str(gathered.port))
+
+    def _record(self, node: NodeFacts, findings: list[preflight.Finding]) -> None:
+        for finding in findings:
+            append_event(self.files.events(node.name), "finding", attempt=node.attempt, **vars(finding))
 
     def _forget_earlier_attempts(self) -> None:
         """How they ended must not be taken for how this one does. No rank is there before node 0's launcher."""
@@ -188,10 +230,12 @@ class NodeAgent:
 
     def _clean_up(self, node: NodeFacts) -> bool:
         """Remove the container, the environment file and every process below; whether nothing is left."""
-        if self.plan.container is not None:
+        self.preparing = False
+        if containers.is_used(self.plan):
             containers.remove(self.plan, node, self.files.events(node.name))
             Path(node.environment_file).unlink(missing_ok=True)
-        clean = process_tree.end_all(lambda: process_tree.descendants(os.getpid()), GRACE_OF_STRAGGLERS_S)
+        no_daemon = self.docker is None or self.docker.stop()
+        clean = no_daemon and process_tree.end_all(lambda: process_tree.descendants(os.getpid()), GRACE_OF_STRAGGLERS_S)
         process_tree.reap()
         return clean
 
@@ -211,8 +255,19 @@ class NodeAgent:
         write_json(self.files.exit_record(node.name), record)
         append_event(self.files.events(node.name), "exit", attempt=node.attempt, exit_code=code)
 
+    def _leave_together(self, node: NodeFacts, code: int) -> None:
+        """With --kill-on-bad-exit the first node that says 85 would have the others ended, and their codes lost."""
+        deadline = time.monotonic() + PATIENCE_WITH_OTHERS_S
+        while code == EXIT_STOPPED and time.monotonic() < deadline:
+            records = map(read_json, (self.files.root / "exit").glob("*.json"))
+            if sum(1 for record in records if record and record.get("attempt") == node.attempt) >= self.plan.nodes:
+                return
+            time.sleep(POLL_S)
+
     def _enter(self, node: NodeFacts, phase: str, **details: object) -> None:
         append_event(self.files.events(node.name), "phase", phase=phase, attempt=node.attempt, **details)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals.append(number)
+        if self.preparing and number != signal.SIGUSR2:
+            raise _AskedToEnd(str(number))

@@ -139,6 +139,11 @@ def _handles(pid: int, number: int) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and has not ended already."""
+    return not _is_zombie(pid)
+
+
 def _is_zombie(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")

@@ -8,9 +8,10 @@ import socket
 import stat
 import subprocess
 from pathlib import Path
+from resource import RLIM_INFINITY, RLIMIT_MEMLOCK, RLIMIT_NOFILE, RLIMIT_STACK, getrlimit
 from typing import Mapping
 
-from cpm_cluster.launch.plan import LaunchPlan, NodeFacts
+from cpm_cluster.launch.plan import WANTED_ULIMITS, LaunchPlan, NodeFacts
 from cpm_cluster.runs.layout import RunLayout
 
 SECRETS_FILE = Path("~/.config/cpm-cluster/secrets.env")
@@ -37,7 +38,21 @@ def node_facts(files: RunLayout, environment: Mapping[str, str]) -> NodeFacts:
         gpu_uuids=(),
         environment_file=str(folder / "environment"),
         container_id_file=str(folder / "container.id"),
+        ulimits=allowed_ulimits(),
     )
+
+
+def allowed_ulimits() -> tuple[str, ...]:
+    """The limits that a container is given: as wanted, or the node's hard limit, which nobody but root exceeds."""
+    if os.geteuid() == 0:
+        return WANTED_ULIMITS
+    allowed = []
+    for name, number in (("memlock", RLIMIT_MEMLOCK), ("stack", RLIMIT_STACK), ("nofile", RLIMIT_NOFILE)):
+        wanted = next(int(limit.split("=")[1]) for limit in WANTED_ULIMITS if limit.startswith(name))
+        hard = getrlimit(number)[1]
+        exceeds = hard != RLIM_INFINITY and (wanted == -1 or wanted > hard)
+        allowed.append(f"{name}={hard if exceeds else wanted}")
+    return tuple(allowed)
 
 
 def next_attempt(files: RunLayout) -> int:

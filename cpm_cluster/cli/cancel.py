@@ -27,13 +27,14 @@ from cpm_cluster.schedulers import open_scheduler
 def command(run: str | None, runs_dir: Path, as_json: bool) -> int:
     """End RUN (default: the newest).
 
-    The trainer saves first, if it can within half a minute; a second cancel does not wait for that.
+    The trainer saves first, and any other program may end by itself, if that takes less than half a minute; a second
+    cancel does not wait for that.
     """
     found = find_run(runs_dir, run)
     was = current_state(found)
     if not was.ended:
         if not as_json:
-            click.echo(f"cancelling {found.id}; the trainer saves first, which may take half a minute", err=True)
+            click.echo(announcement(found), err=True)
         cancel_run(found)
     state = current_state(found)
     settle(found, state)
@@ -42,6 +43,12 @@ def command(run: str | None, runs_dir: Path, as_json: bool) -> int:
     else:
         click.echo(f"{found.id}: had ended before: {was.name}" if was.ended else f"{found.id}: {state.name}")
     return exit_codes.OK
+
+
+def announcement(run: Run) -> str:
+    """What the user waits for."""
+    first = "the trainer saves first, which may take" if run.plan.trainer else "its program may take"
+    return f"cancelling {run.id}: {first} half a minute"
 
 
 def cancel_run(run: Run) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import click
 
 from cpm_cluster.cli import exit_codes
-from cpm_cluster.cli.cancel import cancel_run
+from cpm_cluster.cli.cancel import announcement, cancel_run
 from cpm_cluster.cli.progress_line import progress_line
 from cpm_cluster.cli.summary import summary
 from cpm_cluster.cli.watch import as_data, current_state, settle
@@ -44,9 +44,7 @@ def follow(run: Run, as_json: bool, ask_at_once: bool = False) -> int:
     finally:
         view.pause()
     if not state.ended:
-        click.echo(
-            f"{run.id} goes on\n  follow it: cpm logs -f {run.id}\n  end it:    cpm cancel {run.id}", err=as_json
-        )
+        click.echo(f"{run.id} goes on\n{what_next(run)}", err=as_json)
         return exit_codes.INTERRUPTED
     verdict = settle(run, state)
     if as_json:
@@ -54,6 +52,11 @@ def follow(run: Run, as_json: bool, ask_at_once: bool = False) -> int:
     else:
         click.echo(summary(run, state, verdict))
     return _exit_code(state)
+
+
+def what_next(run: Run) -> str:
+    """What one can do about a run that goes on by itself."""
+    return f"  follow it: cpm logs -f {run.id}\n  end it:    cpm cancel {run.id}"
 
 
 def _exit_code(state: State) -> int:
@@ -84,7 +87,7 @@ def _watch(run: Run, view: View, ask: bool) -> State:
 def _cancel(run: Run) -> None:
     """A further Ctrl-C does not wait for the end: what was asked for happens all the same."""
     try:
-        click.echo("\ncancelling; the trainer saves first, which may take half a minute", err=True)
+        click.echo("\n" + announcement(run), err=True)
         cancel_run(run)
     except KeyboardInterrupt:
         click.echo(f"it is being cancelled; cpm status {run.id} says when it has ended", err=True)
@@ -95,7 +98,7 @@ def _leave_it_running(view: View) -> bool:
     """The user's choice; a second Ctrl-C means cancel. Where nobody can answer it goes on."""
     try:
         view.pause()
-        if not sys.stdin.isatty():
+        if not is_terminal(sys.stdin):
             return True
         click.echo("\nLeave it running, or cancel it (Ctrl-C again)? [leave] ", nl=False, err=True)
         return not sys.stdin.readline().strip().lower().startswith("c")
@@ -103,10 +106,15 @@ def _leave_it_running(view: View) -> bool:
         return False
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person is at its other end; a stream that the shell has closed is None."""
+    return stream is not None and stream.isatty()
+
+
 def _open_view(run: Run, as_json: bool) -> View:
     if as_json:
         return _Nothing()
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         from cpm_cluster.cli.live import LiveView
 
         return LiveView(run)

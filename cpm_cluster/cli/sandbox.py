@@ -90,9 +90,8 @@ def status(state: Sandbox, as_json: bool) -> int:
         _print_parts("daemons", found.daemons)
         click.echo("nodes")
         for node in found.nodes:
-            click.echo(
-                f"  {node.name:<18} {node.state:<12} {node.address}  {'' if node.link_up else 'link is cut'}".rstrip()
-            )
+            cut = "link is cut" if node.state != "unknown" and not node.link_up else ""
+            click.echo(f"  {node.name:<18} {node.state:<12} {node.address:<12} {cut}".rstrip())
         click.echo("partitions")
         for partition in found.partitions:
             click.echo(f"  {partition.name:<18} {partition.nodes}  up to {partition.time_limit}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 
 import click
 
 from cpm_cluster.cli import exit_codes
-from cpm_cluster.cli.follow import follow
+from cpm_cluster.cli.follow import follow, is_terminal, what_next
 from cpm_cluster.runs.run import Run
 from cpm_cluster.schedulers import Scheduler
 
@@ -20,6 +21,8 @@ def start(run: Run, scheduler: Scheduler, detach: bool, as_json: bool) -> int:
     if not detach:
         return follow(run, as_json, ask_at_once=interrupted)
     click.echo(json.dumps({"run": run.id, "run_dir": str(run.files.root)}) if as_json else run.id)
+    if is_terminal(sys.stdout) and not as_json:
+        click.echo(what_next(run))
     return exit_codes.OK
 
 

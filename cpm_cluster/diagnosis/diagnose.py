@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -18,7 +19,11 @@ from cpm_cluster.specs.problems import printable, shortened
 DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 # torchrun's summary (torch/distributed/elastic/multiprocessing/errors): `rank : 1 (local_rank: 1)`, `exitcode : -9 …`.
 RANK_ENDED = re.compile(r"^\s*rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+) ", re.MULTILINE)
+# Where the agent's own output goes, and that of what started it.
+AGENT_LOGS = ("submitit/*_log.out", "slurm-*.log")
+SUBMITIT = re.compile("submitit INFO")
 LINE_LIMIT = 1000
+TAIL_BYTES = 1 << 20
 
 Rule = Callable[[Run, State], "Verdict | None"]
 
@@ -46,15 +51,17 @@ def _lost(run: Run, state: State) -> Verdict | None:
     if state.name != "lost":
         return None
     cause = "Its node agent ended without recording how: it was killed, or the machine went down."
-    return Verdict("lost", cause, True, _resume(run))
+    logs = [path for pattern in AGENT_LOGS for path in run.files.root.glob(pattern)]
+    newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+    return Verdict("lost", cause, True, _resume(run), _last_line(run, newest) if newest else ())
 
 
 def _killed_rank(run: Run, state: State) -> Verdict | None:
     """A rank that was killed: the others record errors, such as a closed connection, that only follow from it."""
-    if _stop_signal(run, state):
+    if run.plan.program.launcher != "torchrun" or _stop_signal(run, state):
         return None
     for log in sorted(run.files.root.glob(f"attempt-{state.attempt}/node-*/node.log")):
-        text = log.read_text(encoding="utf-8", errors="replace")
+        text = log.read_bytes().decode("utf-8", "replace")
         for found in RANK_ENDED.finditer(text):
             rank, number = int(found[1]), -int(found[2])
             if number in DEADLY:
@@ -71,7 +78,7 @@ def _rank_error(run: Run, state: State) -> Verdict | None:
     path, first = min(records, key=lambda pair: float(pair[1].get("time", 0)))
     rank, message = int(first.get("rank", 0)), _one_line(first.get("message"))
     if first.get("user_error"):
-        remedy = f"correct the data, then {_resume(run)}; a corrected job is submitted anew"
+        remedy = f"correct the data, then: {_resume(run)}; a corrected job is submitted anew"
         return Verdict("user error", f"The trainer refused: {message}.", False, remedy, rank=rank)
     where = f", raised at {first['file']}:{first['line']}" if first.get("file") else ""
     evidence = (Evidence(_inside(run, path), 0, f"{first.get('type')}{where}"),)
@@ -90,7 +97,7 @@ def _node_error(run: Run, state: State) -> Verdict | None:
     node, message = of_attempt[0]["writer"], _one_line(of_attempt[0].get("message"))
     evidence = (Evidence(f"events/{node}.jsonl", 0, "error"),)
     cause = f"Node {node} could not run it: {message}."
-    return Verdict("node", cause, False, f"mend it there, then {_resume(run)}", evidence, node=node)
+    return Verdict("node", cause, False, f"mend it there, then: {_resume(run)}", evidence, node=node)
 
 
 def _told_to_stop(run: Run, state: State) -> Verdict | None:
@@ -100,16 +107,16 @@ def _told_to_stop(run: Run, state: State) -> Verdict | None:
         return None
     late = any(record.get("killed") for record in exit_records(run, state.attempt))
     how = "did not end in time and was killed" if late else f"ended with code {state.exit_code}"
-    evidence = _last_line(run, state)
+    evidence = _last_line(run, _program_log(run, state))
     if number == "SIGUSR2":
         cause = f"It was asked to stop before its time limit, and {how}."
-        return Verdict("time limit", cause, True, f"lengthen signal_lead or time_limit; {_resume(run)}", evidence)
+        return Verdict("time limit", cause, True, f"lengthen signal_lead or time_limit, or: {_resume(run)}", evidence)
     cause = f"It was told to end ({number}) by something else than cpm cancel, and {how}."
     return Verdict("terminated", cause, True, _resume(run), evidence)
 
 
 def _exit_code(run: Run, state: State) -> Verdict | None:
-    code, evidence = state.exit_code or 0, _last_line(run, state)
+    code, evidence = state.exit_code or 0, _last_line(run, _program_log(run, state))
     if code - 128 in DEADLY:
         subject = "The launcher (torchrun) was" if run.plan.program.launcher == "torchrun" else "The program was"
         return _killed(run, subject, code - 128, evidence)
@@ -133,7 +140,7 @@ def _killed(run: Run, subject: str, number: int, evidence: tuple[Evidence, ...],
     name = _signal_name(number)
     if number == signal.SIGKILL:
         cause = f"{subject} killed ({name}) by somebody, or by the kernel for lack of host memory."
-        remedy = f"look for `Out of memory` in dmesg, then raise resources.memory_per_node; else {_resume(run)}"
+        remedy = f"if dmesg says `Out of memory`, ask for more resources.memory_per_node; else: {_resume(run)}"
         return Verdict("killed", cause, True, remedy, evidence, rank=rank)
     option = f" --rank {rank}" if rank is not None else ""
     cause = f"{subject} ended by a crash of native code ({name})."
@@ -142,12 +149,12 @@ def _killed(run: Run, subject: str, number: int, evidence: tuple[Evidence, ...],
 
 def _resume(run: Run) -> str:
     if run.plan.trainer is None:
-        return f"cpm resume {run.id} starts its program again"
+        return f"cpm resume {run.id} (starts its program again)"
     try:
         step = int((run.files.root / "checkpoints" / "latest").read_text().strip().rpartition("-")[2])
     except (OSError, ValueError):
-        return f"cpm resume {run.id} starts from the beginning: there is no checkpoint"
-    return f"cpm resume {run.id} goes on from the checkpoint of step {step}"
+        return f"cpm resume {run.id} (from the beginning: there is no checkpoint)"
+    return f"cpm resume {run.id} (from the checkpoint of step {step})"
 
 
 def _stop_signal(run: Run, state: State) -> str | None:
@@ -159,14 +166,21 @@ def _signal_name(number: int) -> str | None:
     return signal.Signals(number).name if number in set(signal.Signals) else None
 
 
-def _last_line(run: Run, state: State) -> tuple[Evidence, ...]:
-    """The last words of the first node's program."""
-    log = run.files.node_dir(state.attempt, 0) / "node.log"
+def _program_log(run: Run, state: State) -> Path:
+    return run.files.node_dir(state.attempt, 0) / "node.log"
+
+
+def _last_line(run: Run, log: Path) -> tuple[Evidence, ...]:
+    """The last words in a log, submitit's own left out; of a long one without the number of their line."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        with open(log, "rb") as file:
+            skipped = max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES)
+            file.seek(skipped)
+            lines = file.read().decode("utf-8", "replace").split("\n")
     except OSError:
         return ()
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    said = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not SUBMITIT.match(line)]
+    numbered = [(0 if skipped else number, line) for number, line in said]
     # a progress bar draws itself again and again on one line
     return tuple(Evidence(_inside(run, log), n, _one_line(text.strip().split("\r")[-1])) for n, text in numbered[-1:])
 

@@ -30,6 +30,7 @@ def container(spec: JobSpec, image: Image, runtime: str, run_dir: str, user: str
         host_sys=runtime == "docker-rootless" and network,
         user=user if runtime == "docker" else None,
         mounts=tuple(_mounts(spec, run_dir)),
+        min_driver=image.min_driver,
     )
 
 

@@ -26,6 +26,8 @@ from typing import (
 
 FORMAT = 1
 EXIT_STOPPED = 85  # stopped on request with a checkpoint; free in sysexits.h, and no shell or docker run code
+# Pinned memory, deep stacks and sockets of NCCL and torch; soft and hard alike.
+WANTED_ULIMITS = ("memlock=-1", "stack=67108864", "nofile=1048576")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Container:
     host_sys: bool
     user: Optional[str]
     mounts: Tuple[Mount, ...]
+    min_driver: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class LaunchPlan:
     secrets: Tuple[str, ...]
     workdir: str
     workdir_set_by: str
+    data_root: Optional[str] = None
     trainer: Optional[Dict[str, Any]] = None
     warnings: Tuple[str, ...] = ()
     format: int = field(default=FORMAT)
@@ -145,6 +149,7 @@ class NodeFacts:
     gpu_uuids: Tuple[str, ...]
     environment_file: str
     container_id_file: str
+    ulimits: Tuple[str, ...] = WANTED_ULIMITS
 
 
 Item = TypeVar("Item")

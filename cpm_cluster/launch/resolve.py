@@ -60,6 +60,7 @@ def resolve(spec: JobSpec, run_id: str, run_dir: str, submitter: Submitter) -> L
         program=_program(spec, runtime, run_dir, submitter),
         environment=environment(spec, f"{run_dir}/package"),
         secrets=spec.secrets,
+        data_root=spec.cluster.runtimes[runtime].data_root,
         workdir=workdir,
         workdir_set_by=workdir_set_by,
         trainer=trainer_settings(spec, run_dir),
@@ -88,7 +89,7 @@ def _program(spec: JobSpec, runtime: str, run_dir: str, submitter: Submitter) ->
     ranks = spec.resources.ranks_per_node
     if spec.engine == "command":
         return Program("none", "", ranks, spec.command)
-    python = "python"
+    python = "python3"
     if runtime == "bare":
         python = spec.cluster.runtimes[runtime].python or submitter.python
     return Program("torchrun", python, ranks, ("-m", TRAINER_MODULE, f"{run_dir}/trainer.json"))

@@ -36,13 +36,20 @@ def confinement(mount: Path = MOUNT) -> Confinement:
 
 def processes(state: Sandbox) -> set[int]:
     """Living processes in the groups of the sandbox's jobs."""
-    return {int(word) for group in _groups(state) for word in (group / "cgroup.procs").read_text().split()}
+    return {int(word) for group in _groups(state) for word in _members(group).split()}
 
 
 def remove(state: Sandbox) -> list[Path]:
     """Remove the groups of the sandbox's jobs; those that cannot be removed."""
     wait_for(lambda: not _remove_empty(state), 5)
     return _groups(state)
+
+
+def _members(group: Path) -> str:
+    try:
+        return (group / "cgroup.procs").read_text()
+    except OSError:  # Slurm has removed it meanwhile
+        return ""
 
 
 def _groups(state: Sandbox) -> list[Path]:

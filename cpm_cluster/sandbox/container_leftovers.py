@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cpm_cluster.sandbox.cgroups import MOUNT
+from cpm_cluster.sandbox.commands import wait_for
 
+PATIENCE_S = 5.0
 _PROC = Path("/proc")
 _TEMPORARY = Path("/tmp")
 
@@ -19,6 +21,12 @@ _TEMPORARY = Path("/tmp")
 def container_processes(root: Path) -> set[int]:
     """Processes in containers of any runtime whose layers are below `root`."""
     return {int(entry.name) for entry in _processes() if f"upperdir={root}/" in _root_mount(entry)}
+
+
+def daemon_processes(folder: Path) -> set[int]:
+    """Processes whose command line names a folder of sockets: dockerd, its containerd, and the latter's shims."""
+    wanted = f"{folder}/".encode()
+    return {int(entry.name) for entry in _processes() if wanted in _content(entry / "cmdline")}
 
 
 def user_processes(root: Path, uid: int) -> set[int]:
@@ -32,14 +40,8 @@ def user_processes(root: Path, uid: int) -> set[int]:
 
 
 def remove_control_groups(path: str) -> None:
-    """Remove empty control groups of this path, with those below, in all hierarchies of version 1, or in that of 2."""
-    for top in (*MOUNT.glob(f"*/{path}"), MOUNT / path):
-        below = (group for group in top.rglob("*") if group.is_dir())
-        for group in (*sorted(below, key=lambda group: len(group.parts), reverse=True), top, top.parent):
-            try:
-                group.rmdir()
-            except OSError:  # it is not there, or the group of another daemon is in it
-                pass
+    """Remove the control groups of this path, in all hierarchies of version 1 and 2, once they are empty."""
+    wait_for(lambda: not _remove_empty(path), PATIENCE_S)
 
 
 def remove_temporary_folders(uid: int) -> None:
@@ -48,6 +50,19 @@ def remove_temporary_folders(uid: int) -> None:
     for path in (path for name in names for path in _TEMPORARY.glob(name)):
         if _owner(path) == uid:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_empty(path: str) -> list[Path]:
+    """What could not be removed; the parent goes with its last child."""
+    tops = [top for top in (*MOUNT.glob(f"*/{path}"), MOUNT / path) if top.exists()]
+    for top in tops:
+        below = (group for group in top.rglob("*") if group.is_dir())
+        for group in (*sorted(below, key=lambda group: len(group.parts), reverse=True), top, top.parent):
+            try:
+                group.rmdir()
+            except OSError:  # something is in it, if only for a moment
+                pass
+    return [top for top in tops if top.exists()]
 
 
 def _processes() -> Iterator[Path]:

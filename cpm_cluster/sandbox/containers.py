@@ -76,6 +76,7 @@ def down(state: Sandbox) -> None:
     _end(lambda: container_leftovers.container_processes(state.root))
     for engine in dockerd.engines(state):
         engine.file.end(PATIENCE_S)
+    _end(lambda: container_leftovers.daemon_processes(dockerd.run_folder(state)))
     if accounts.exists(state):
         _end(lambda: container_leftovers.user_processes(state.root, state.uid))
         container_leftovers.remove_temporary_folders(state.uid)
@@ -151,9 +152,7 @@ def _link_rootless_script(state: Sandbox) -> None:
     """Debian keeps the script that starts a rootless daemon where no PATH leads."""
     found = next((path for path in ROOTLESS_SCRIPTS if Path(path).exists()), None)
     if found is None:
-        raise SandboxError(
-            "there is no dockerd-rootless.sh; it is in docker.io of Debian, in docker-ce-rootless-extras"
-        )
+        raise SandboxError("there is no dockerd-rootless.sh: install docker.io, or docker-ce-rootless-extras of Docker")
     link = state.bin / "dockerd-rootless.sh"
     if not link.is_symlink():
         link.symlink_to(found)

@@ -54,7 +54,6 @@ class Engine:
     @property
     def daemon(self) -> Daemon:
         """The process."""
-        folder = run_folder(self.state) / self.name
         config = self.state.etc / "dockerd.json"
         argv = [
             *self.enter,
@@ -63,8 +62,8 @@ class Engine:
             f"--host=unix://{self.socket}",
             f"--group={self.state.gid}",
             f"--data-root={self.data}",
-            f"--exec-root={folder}",
-            f"--pidfile={folder}.pid",
+            f"--exec-root={self._exec_root}",
+            f"--pidfile={self._own_pid_file}",
             f"--cgroup-parent=/{CGROUP}/{self.name}",
             "--exec-opt=native.cgroupdriver=cgroupfs",
             *("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
@@ -80,6 +79,15 @@ class Engine:
         )
 
     @property
+    def _own_pid_file(self) -> Path:
+        return run_folder(self.state) / f"{self.name}.pid"
+
+    @property
+    def _exec_root(self) -> Path:
+        """State of running containers; its containerd listens there."""
+        return run_folder(self.state) / self.name
+
+    @property
     def _client(self) -> list[str]:
         return ["docker", f"--host=unix://{self.socket}"]
 
@@ -88,7 +96,18 @@ class Engine:
         self.socket.parent.mkdir(parents=True, exist_ok=True)
         # an empty one of its own, so that this machine's /etc/docker/daemon.json does not apply
         write_text(self.state.etc / "dockerd.json", "{}\n")
+        if self.file.pid is None:
+            self._forget_processes()
         self.daemon.start()
+
+    def _forget_processes(self) -> None:
+        """Remove the process-id files of dockerd and of its containerd, which dies with it.
+
+        dockerd believes in them: it does not start where the number is another process's by now, or it waits for a
+        containerd of which nothing is left but a zombie.
+        """
+        for path in (self._own_pid_file, self._exec_root / "containerd" / "containerd.pid"):
+            path.unlink(missing_ok=True)
 
     def load(self, manifest: Manifest) -> None:
         """Load the image, unless that very image is there.

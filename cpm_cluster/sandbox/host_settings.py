@@ -1,13 +1,12 @@
 """What containers of an ordinary user need of this machine: changed with a record, and set back by it.
 
-Sources: Docker's manual, "Rootless mode" (prerequisites, known limitations); containers-storage.conf(5). Where
-/dev/net/tun is not for all to open, slirp4netns ends with "open: Permission denied"; /dev/fuse is fuse-overlayfs's.
+Sources: Docker's manual, "Rootless mode" (prerequisites); what rootlesskit 1.1 and podman 4.3 say. Where /dev/net/tun
+is not for all to open, rootlesskit ends with "open: Permission denied"; /dev/fuse is what fuse-overlayfs needs.
 """
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,11 +26,11 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 @dataclass(frozen=True)
 class Before:
-    """How this machine was: modes, kernel settings, mounts that were not shared, and what did not exist."""
+    """How this machine was: modes of files, kernel settings, whether `/` was a shared mount, what did not exist."""
 
     modes: dict[str, int] = field(default_factory=dict)
     sysctls: dict[str, str] = field(default_factory=dict)
-    private_mounts: list[str] = field(default_factory=list)
+    root_shared: bool = True
     absent: list[str] = field(default_factory=list)
 
 
@@ -49,7 +48,7 @@ def apply(state: Sandbox, leftovers: tuple[Path, ...]) -> None:
     before = Before(
         modes={**now.modes, **earlier.modes},
         sysctls={**now.sysctls, **earlier.sysctls},
-        private_mounts=earlier.private_mounts or now.private_mounts,
+        root_shared=earlier.root_shared and now.root_shared,
         absent=earlier.absent + [path for path in now.absent if path not in earlier.absent],
     )
     write_json(_record(state), asdict(before))
@@ -57,9 +56,9 @@ def apply(state: Sandbox, leftovers: tuple[Path, ...]) -> None:
         device.chmod(0o666)
     for name in now.sysctls:
         _set(name, SYSCTLS[name])
-    # with this, what is unmounted on the machine is unmounted inside the containers' namespaces, too
-    if "/" in now.private_mounts:
-        run(["mount", "--make-rshared", "/"])
+    # rootlesskit and podman ask for it: what is unmounted on the machine is unmounted in their namespaces, too
+    if not now.root_shared:
+        run(["mount", "--make-shared", "/"])
 
 
 def restore(state: Sandbox) -> None:
@@ -70,24 +69,18 @@ def restore(state: Sandbox) -> None:
             Path(path).chmod(mode)
     for name, value in before.sysctls.items():
         _set(name, value)
-    mounted = set(shared_mounts(_MOUNTS.read_text()))
-    for point in before.private_mounts:
-        if point in mounted:
-            run(["mount", "--make-private", point])
+    if not before.root_shared and root_is_shared(_MOUNTS.read_text()):
+        run(["mount", "--make-private", "/"])
     for path in before.absent:
         _remove(Path(path))
     _record(state).unlink(missing_ok=True)
 
 
-def shared_mounts(mountinfo: str) -> list[str]:
-    """Mount points in a peer group (proc(5), mountinfo: optional field `shared:N`)."""
-    return [point for point, fields in _mounts(mountinfo) if any(word.startswith("shared:") for word in fields)]
-
-
-def private_mounts(mountinfo: str) -> list[str]:
-    """Mount points in none."""
-    shared = set(shared_mounts(mountinfo))
-    return [point for point, _ in _mounts(mountinfo) if point not in shared]
+def root_is_shared(mountinfo: str) -> bool:
+    """Whether `/` is in a peer group: proc(5), mountinfo, optional field `shared:N`."""
+    mounts = [line.split() for line in mountinfo.splitlines()]
+    last = [words for words in mounts if words[4] == "/"][-1]
+    return any(word.startswith("shared:") for word in last[6 : last.index("-")])
 
 
 def subordinate_ids(table: str, user: str, uid: int) -> int:
@@ -96,17 +89,11 @@ def subordinate_ids(table: str, user: str, uid: int) -> int:
     return sum(int(count) for name, _, count in rows if name in {user, str(uid)})
 
 
-def _mounts(mountinfo: str) -> Iterator[tuple[str, list[str]]]:
-    for line in mountinfo.splitlines():
-        words = line.split()
-        yield words[4].encode().decode("unicode_escape"), words[6 : words.index("-")]
-
-
 def _observe(leftovers: tuple[Path, ...]) -> Before:
     return Before(
         modes={str(device): stat.S_IMODE(device.stat().st_mode) for device in DEVICES},
         sysctls={name: (_SYSCTL / name).read_text().strip() for name in SYSCTLS if (_SYSCTL / name).exists()},
-        private_mounts=private_mounts(_MOUNTS.read_text()),
+        root_shared=root_is_shared(_MOUNTS.read_text()),
         absent=[str(path) for path in leftovers if not path.exists()],
     )
 

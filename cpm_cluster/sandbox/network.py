@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,26 @@ BEGIN, END = "# cpm sandbox: names of its nodes\n", "# cpm sandbox: end\n"
 NETNS = Path("/run/netns")
 
 
+def require_free(state: Sandbox) -> None:
+    """Raises SandboxError where another sandbox is up, or another network has the addresses."""
+    other = owner(state)
+    if other not in (None, _mark(state)):
+        raise SandboxError(
+            f"the network interface {state.bridge} belongs to {other}: take that down first, cpm sandbox down --root"
+        )
+    for route in json.loads(run(["ip", "-json", "-4", "route"])):
+        if route["dst"] == "default" or route.get("dev") == state.bridge:
+            continue
+        if IPv4Network(route["dst"]).overlaps(state.subnet):
+            raise SandboxError(f"the sandbox uses {state.subnet}, and so does {route.get('dev')} ({route['dst']})")
+
+
 def up(state: Sandbox) -> None:
     """Bridge, nodes and names; what is there already stays, and cut links are mended.
 
     Raises:
-        SandboxError: another sandbox or network is in the way, or the kernel lacks something.
+        SandboxError: the kernel lacks something, or names are resolved elsewhere.
     """
-    _require_free_addresses(state)
     _make_bridge(state)
     for host in state.hosts:
         _make_host(state, host)
@@ -43,7 +56,7 @@ def down(state: Sandbox) -> None:
             run(["ip", "link", "delete", host.link])
         if host.netns.exists():
             run(["ip", "netns", "delete", host.name])
-    if is_ours(state):
+    if is_up(state):
         run(["ip", "link", "delete", state.bridge])
     if succeeds(["iptables", "-C", *_rule(state)]):
         run(["iptables", "-D", *_rule(state)])
@@ -51,9 +64,20 @@ def down(state: Sandbox) -> None:
     remove_names(HOSTS)
 
 
-def is_ours(state: Sandbox) -> bool:
+def is_up(state: Sandbox) -> bool:
     """Whether the bridge is there, and is that of this sandbox."""
-    return bool(_link(state.bridge).get("ifalias") == _mark(state))
+    return owner(state) == _mark(state)
+
+
+def is_up_elsewhere(state: Sandbox) -> bool:
+    """Whether bridge and nodes are those of a sandbox in another folder."""
+    return owner(state) not in (None, _mark(state))
+
+
+def owner(state: Sandbox) -> str | None:
+    """Whose the bridge is, as its alias says; None where there is no bridge."""
+    found = _link(state.bridge)
+    return str(found.get("ifalias", "something else")) if found else None
 
 
 def link_is_up(host: Host) -> bool:
@@ -79,23 +103,9 @@ def remove_names(hosts: Path) -> None:
         hosts.write_text(before + rest.partition(END)[2])
 
 
-def _require_free_addresses(state: Sandbox) -> None:
-    found = _link(state.bridge)
-    if found and not is_ours(state):
-        raise SandboxError(
-            f"the network interface {state.bridge} belongs to {found.get('ifalias') or 'something else'};"
-            " take that down first: cpm sandbox down --root FOLDER"
-        )
-    for route in json.loads(run(["ip", "-json", "-4", "route"])):
-        if route["dst"] == "default" or route.get("dev") == state.bridge:
-            continue
-        if IPv4Network(route["dst"]).overlaps(state.subnet):
-            raise SandboxError(f"the sandbox uses {state.subnet}, and so does {route.get('dev')} ({route['dst']})")
-
-
 def _make_bridge(state: Sandbox) -> None:
     if not _link(state.bridge):
-        run(["ip", "link", "add", state.bridge, "type", "bridge"])
+        run(["ip", "link", "add", state.bridge, "address", _hardware_address(state.login_address), "type", "bridge"])
         run(["ip", "link", "set", state.bridge, "alias", _mark(state)])
     run(["ip", "address", "replace", f"{state.login_address}/{state.subnet.prefixlen}", "dev", state.bridge])
     run(["ip", "link", "set", state.bridge, "up"])
@@ -109,13 +119,19 @@ def _make_host(state: Sandbox, host: Host) -> None:
         host.uts.touch()
         run(["unshare", f"--uts={host.uts}", "hostname", host.name])
     if not _link(host.link):
-        run(["ip", "link", "add", host.link, "type", "veth", "peer", "name", "eth0", "netns", host.name])
+        inner = ["name", "eth0", "address", _hardware_address(host.address), "netns", host.name]
+        run(["ip", "link", "add", host.link, "type", "veth", "peer", *inner])
         run(["ip", "link", "set", host.link, "master", state.bridge])
     inside = ["ip", "-netns", host.name]
     run([*inside, "address", "replace", f"{host.address}/{state.subnet.prefixlen}", "dev", "eth0"])
     for interface in ("lo", "eth0"):
         run([*inside, "link", "set", interface, "up"])
     run(["ip", "link", "set", host.link, "up"])
+
+
+def _hardware_address(address: IPv4Address) -> str:
+    """The same each time, since the others remember it when a cable is replaced; 02 is for local use."""
+    return ":".join(f"{byte:02x}" for byte in b"\x02\x00" + address.packed)
 
 
 def _rule(state: Sandbox) -> list[str]:
@@ -151,4 +167,4 @@ def _link(name: str) -> dict[str, Any]:
 
 def _mark(state: Sandbox) -> str:
     """The bridge's alias, by which it is known to be ours."""
-    return f"cpm sandbox {state.root}"
+    return f"the sandbox in {state.root}"

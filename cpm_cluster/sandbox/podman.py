@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from cpm_cluster.runs.records import write_text
 from cpm_cluster.sandbox import gpus
 from cpm_cluster.sandbox.commands import SYSTEM_PATH, run
+from cpm_cluster.sandbox.container_leftovers import container_processes
 from cpm_cluster.sandbox.image import Manifest, archive
 from cpm_cluster.sandbox.processes import ProcessFile
 from cpm_cluster.sandbox.state import Sandbox, SandboxError
@@ -25,6 +27,9 @@ CDI = Path("/run/cdi/cpm-sandbox.json")
 
 def prepare(state: Sandbox) -> None:
     """The user's folders, and the list of devices that `podman run --device nvidia.com/gpu=UUID` takes."""
+    if pause_file(state).pid is None and not container_processes(state.root):
+        # after a reboot podman would take the containers listed here for running: it looks for a tmpfs to be empty
+        shutil.rmtree(run_folder(state), ignore_errors=True)
     for folder in (run_folder(state), store(state)):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)

@@ -10,12 +10,21 @@ from contextlib import contextmanager
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
-    """Print the step's name when it is done, with the seconds it took."""
+    """Print the step's name, and when it is done the seconds that it took."""
     started = time.monotonic()
-    yield
-    note(f"{name:<34} {time.monotonic() - started:5.1f} s")
+    _write(f"  {name:<36}")
+    try:
+        yield
+    except BaseException:
+        _write(" failed\n")
+        raise
+    _write(f" {time.monotonic() - started:5.1f} s\n")
 
 
 def note(text: str) -> None:
     """Print a line."""
-    print(f"  {text}", file=sys.stderr, flush=True)
+    _write(f"  {text}\n")
+
+
+def _write(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)

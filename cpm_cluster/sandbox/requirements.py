@@ -6,11 +6,11 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from cpm_cluster.sandbox.commands import SYSTEM_PATH
+from cpm_cluster.sandbox.progress import note
 from cpm_cluster.sandbox.state import SandboxError
 
 # a program each, and the Debian package that has it
@@ -58,7 +58,7 @@ def missing_packages(packages: Mapping[str, str]) -> list[str]:
 
 
 def _install(packages: list[str]) -> None:
-    print(f"  installing {' '.join(packages)}", file=sys.stderr, flush=True)
+    note(f"apt-get install {' '.join(packages)}")
     ours = not POLICY.exists()
     if ours:
         POLICY.write_text(POLICY_TEXT)

@@ -26,7 +26,7 @@ PATIENCE_WITH_JOBS_S = 45.0
 PATIENCE_WITH_NODES_S = 30.0
 PATIENCE_WITH_LEFTOVERS_S = 5.0
 # sinfo adds a `*` where a node does not answer
-USABLE = ("idle", "mixed", "allocated", "completing")
+USABLE = ("idle", "planned", "mixed", "allocated", "completing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,7 @@ def up(state: Sandbox, *, install: bool, with_containers: bool) -> None:
     requirements.require_root()
     packages = {**requirements.PACKAGES, **(containers.PACKAGES if with_containers else {})}
     requirements.require_packages(packages, install)
+    network.require_free(state)
     folders.make_root(state)
     with folders.held(state):
         confinement = cgroups.confinement()
@@ -102,7 +103,7 @@ def down(state: Sandbox, *, keep_files: bool, purge: bool) -> None:
         SandboxError: what does not end or cannot be removed.
     """
     requirements.require_root()
-    if network.is_ours(state):
+    if network.is_up(state):
         folders.claim(state)  # someone may have removed it from under the daemons
     if folders.is_ours(state):
         with folders.held(state):
@@ -191,6 +192,9 @@ def _end_everything(state: Sandbox) -> None:
     with step("daemons"):
         for daemon in reversed(daemons.all_daemons(state)):
             daemon.stop()
+    # names of nodes and namespaces are the same in every folder
+    if network.is_up_elsewhere(state):
+        return
     with step("what jobs have left"):
         _end_leftovers(state)
     with step("network of the nodes"):
@@ -199,13 +203,11 @@ def _end_everything(state: Sandbox) -> None:
 
 def _end_jobs(state: Sandbox) -> None:
     """Cancel all jobs, and give them the time that Slurm gives."""
-    if not daemons.slurmctld(state).is_alive:
-        return
     jobs = _jobs(state)
     if not jobs:
         return
     with step(f"{len(jobs)} jobs cancelled"):
-        _slurm(state, "scancel", *jobs)
+        _asked(state, "scancel", *jobs)
         wait_for(lambda: not _jobs(state), PATIENCE_WITH_JOBS_S, pause_s=0.5)
 
 
@@ -222,7 +224,7 @@ def _end_leftovers(state: Sandbox) -> None:
 
 
 def _jobs(state: Sandbox) -> list[str]:
-    return _slurm(state, "squeue", "--noheader", "--format=%A").split()
+    return _asked(state, "squeue", "--noheader", "--format=%A")
 
 
 def _node_states(state: Sandbox) -> dict[str, str]:
@@ -236,8 +238,8 @@ def _partitions(state: Sandbox) -> list[PartitionStatus]:
 
 
 def _asked(state: Sandbox, *argv: str) -> list[str]:
-    """Lines of an answer; none where the controller is not there, which Slurm's programs wait for."""
-    if not daemons.slurmctld(state).is_alive:
+    """Lines of an answer; none where those are not there for whom Slurm's programs wait long."""
+    if not (daemons.munged(state).is_alive and daemons.slurmctld(state).is_alive):
         return []
     try:
         return _slurm(state, *argv).splitlines()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import pwd
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -58,7 +58,8 @@ def write(files: list[Rendered]) -> bool:
         new = file.path.with_name(file.path.name + ".new")
         new.touch(mode=0o600)
         new.write_text(file.text, encoding="utf-8")
-        shutil.chown(new, file.owner, file.owner)
+        account = pwd.getpwnam(file.owner)
+        os.chown(new, account.pw_uid, account.pw_gid)
         new.chmod(file.mode)
         os.replace(new, file.path)
     return bool(stale)

@@ -71,10 +71,14 @@ class Scheduler:
         return submission
 
     def is_alive(self, run: Run, submission: Submission) -> bool:
-        """Whether a process of the run is left."""
+        """Whether a process of the run is left. Of another user's processes only submitit's controller can be told."""
         if submission.host != platform.node():
             raise SchedulerError(f"{run.id} was started on {submission.host}; ask there")
-        return carries(int(submission.job_id), run.id) or bool(processes_of_run(run.id))
+        if _is_controller(int(submission.job_id), run) or processes_of_run(run.id):
+            return True
+        if os.geteuid() not in (0, run.files.root.stat().st_uid):
+            raise SchedulerError(f"{run.id} belongs to another user; only they and root see its processes")
+        return False
 
     def cancel(self, run: Run, submission: Submission) -> None:
         """Ask the agent to save and stop; kill what is left after 40 s, or at once where there is no agent yet."""
@@ -103,6 +107,15 @@ def surroundings(environment: Mapping[str, str], run_id: str) -> dict[str, str]:
     """The variables that a run inherits from the shell; not those of another job around it, such as its node's rank."""
     of_another_job = ("SLURM", "SUBMITIT_", "CPM_ATTEMPT", "CPM_MASTER_")
     return {k: v for k, v in environment.items() if not k.startswith(of_another_job)} | {RUN_VARIABLE: run_id}
+
+
+def _is_controller(pid: int, run: Run) -> bool:
+    """Whether this process is submitit's controller of the run: its command line ends in its folder."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return os.fsencode(run.files.root / "submitit") in words
 
 
 def _files_read(trainer: Mapping[str, Any]) -> list[str]:

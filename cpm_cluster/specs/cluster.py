@@ -79,6 +79,7 @@ class Cluster:
     network: Network = key(Section(Network), "interfaces and fabric", factory=Network)
     nvlink: bool | None = key(Boolean(), "NVLink within a node; default: as usual for the GPU", None)
     driver: str | None = key(VERSION, "version of the NVIDIA driver", None)
+    pretend_gpus: bool = key(Boolean(), "its GPUs are pretended, as the sandbox's: ranks compute on the CPU", False)
     requeue: bool = key(Boolean(), "jobs may be requeued (JobRequeue in slurm.conf)", True)
     signal_lead_s: int = key(DURATION, "warning before the time limit; ≥ 1.5 × the time a checkpoint takes", 600)
     default_time_s: int | None = key(DURATION, "time limit of a job that states none", None)

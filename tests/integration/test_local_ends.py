@@ -26,7 +26,7 @@ def test_cancel_while_training_saves(runs):
     assert saved >= 5
     status = run.status()
     assert (status["state"], status["exit_code"], status["attempt"]) == ("cancelled", 143, 1)
-    assert f"goes on from the checkpoint of step {saved}" in status["verdict"]["remedy"]
+    assert f"(from the checkpoint of step {saved})" in status["verdict"]["remedy"]
 
 
 def test_cancel_of_a_program_that_does_not_listen(runs):
@@ -147,6 +147,18 @@ def test_the_agents_guard_is_killed(runs):
     run.await_nothing_left(30)
     assert (run.await_end()["state"], run.status()["exit_code"]) == ("failed", 9)
     assert run.status()["verdict"]["category"] == "terminated"
+
+
+def test_agent_and_guard_are_killed_together(runs):
+    """Nobody is left to end a program that does not listen: it goes on, the status says so, and cancel ends it."""
+    run = runs.detached(runs.bash("trap '' TERM; echo deaf; while true; do sleep 0.1; done"))
+    run.await_log("deaf")
+    for pid in (run.guard, run.agent):
+        os.kill(pid, signal.SIGKILL)
+    wait_for("end of the controller", lambda: run.controller not in run.processes())
+    assert run.status()["state"] == "running" and run.processes()
+    assert f"{run.id}: cancelled" in runs.cpm("cancel").stdout
+    assert not run.processes()
 
 
 def test_the_launcher_of_the_ranks_is_killed(runs):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cpm_cluster.sandbox import cgroups, network, requirements, sandbox
+from cpm_cluster.sandbox import cgroups, folders, network, requirements, sandbox
 from cpm_cluster.sandbox.commands import SYSTEM_PATH
 from cpm_cluster.sandbox.daemons import all_daemons
 from cpm_cluster.sandbox.mounts import below, mount_points
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"packages are missing: {' '.join(MISSING)}"),
 ]
 STATE = Sandbox()
-WAS_UP = network.is_ours(STATE)
+WAS_UP = network.is_up(STATE)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,52 @@ def eventually(condition: Callable[[], Any], patience_s: float) -> Any:
 
 def daemon_pids(state: Sandbox) -> dict[str, int | None]:
     return {daemon.name: daemon.file.pid for daemon in all_daemons(state)}
+
+
+def remains() -> dict[str, Any]:
+    """What there is of a sandbox on this machine; empty if there is nothing."""
+    interfaces = {path.name for path in Path("/sys/class/net").iterdir()}
+    programs = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "slurmstepd", "sleep 4243"}
+    commands = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True, check=True).stdout
+    found = {
+        "folder": STATE.root.exists(),
+        "mounts": [p for p in mount_points() if p.name in STATE.node_names] + below(STATE.root),
+        "interfaces": interfaces & {STATE.bridge, *(host.link for host in STATE.hosts)},
+        "namespaces": [host.netns for host in STATE.hosts if host.netns.exists()],
+        "firewall": STATE.bridge in subprocess.run(["iptables", "-S"], capture_output=True, text=True).stdout,
+        "names": "cpm sandbox" in network.HOSTS.read_text(),
+        "control groups": [p for name in STATE.node_names for p in cgroups.MOUNT.glob(f"*/slurm_{name}")],
+        "processes": [line for line in commands.splitlines() if line[0] != "Z" and any(p in line for p in programs)],
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+# These two before the others, which bring the sandbox up and share it.
+@pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would remove it: cpm sandbox down first")
+def test_down_leaves_nothing() -> None:
+    assert remains() == {}, "nothing of it is there before"
+    hosts = network.HOSTS.read_bytes(), network.HOSTS.stat().st_mode
+    sandbox.up(STATE, install=False, with_containers=False)
+    job = submit(STATE, "setsid sleep 4243 & sleep 4243", "-N2", "--gres=gpu:8")
+    assert eventually(lambda: job_facts(STATE, job)["JobState"] == "RUNNING", 20)
+    sandbox.down(STATE, keep_files=False, purge=False)
+    assert remains() == {}
+    assert (network.HOSTS.read_bytes(), network.HOSTS.stat().st_mode) == hosts
+
+
+@pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would stop it: cpm sandbox down first")
+def test_down_can_keep_runs_and_accounting() -> None:
+    sandbox.up(STATE, install=False, with_containers=False)
+    job = submit(STATE, "echo kept")
+    assert eventually(lambda: log_of(STATE, job) == "kept\n", 20)
+    assert eventually(lambda: slurm(STATE, "sacct", "-n", "-X", "-j", job, "-s", "CD"), 30)
+    sandbox.down(STATE, keep_files=True, purge=False)
+    assert set(remains()) == {"folder"}
+    sandbox.up(STATE, install=False, with_containers=False)
+    assert log_of(STATE, job) == "kept\n"
+    assert slurm(STATE, "sacct", "-n", "-X", "-j", job, "-s", "CD")
+    sandbox.down(STATE, keep_files=False, purge=False)
+    assert remains() == {}
 
 
 def test_all_eight_nodes_are_idle(cluster: Sandbox) -> None:
@@ -210,14 +256,14 @@ def test_a_second_up_changes_nothing(cluster: Sandbox) -> None:
 
 
 def test_up_mends_what_was_killed_cut_and_drained(cluster: Sandbox) -> None:
-    pids = daemon_pids(cluster)
-    for name in ("munged", "mariadbd", "slurmdbd", "slurmd-g2003"):
-        os.kill(pids[name] or 0, signal.SIGKILL)
     subprocess.run(["ip", "link", "delete", cluster.nodes[3].link], check=True)
     subprocess.run(["ip", "link", "set", cluster.nodes[4].link, "down"], check=True)
     environment = {**os.environ, "SLURM_CONF": str(cluster.slurm_conf)}
     drain = ["scontrol", "update", "nodename=g2006", "state=drain", "reason=test"]
     subprocess.run(drain, env=environment, check=True)
+    pids = daemon_pids(cluster)
+    for name in ("munged", "mariadbd", "slurmdbd", "slurmd-g2003"):
+        os.kill(pids[name] or 0, signal.SIGKILL)
     sandbox.up(cluster, install=False, with_containers=False)
     assert node_states(cluster) == dict.fromkeys(cluster.node_names, "idle")
     names = slurm(cluster, "srun", "-N8", "hostname").split()
@@ -233,59 +279,13 @@ def test_status_is_the_same_for_people_and_programs(cluster: Sandbox) -> None:
     assert [partition["name"] for partition in found["partitions"]] == ["gpu1", "preempt"]
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("mine")
-    other = Sandbox(root=Path("/tmp") / f"cpm-test-{os.getpid()}")
-    other.root.symlink_to(tmp_path)
-    try:
-        with pytest.raises(SandboxError, match="is there already, and is no sandbox"):
-            sandbox.up(other, install=False, with_containers=False)
-    finally:
-        other.root.unlink()
-    assert (tmp_path / "precious").read_text() == "mine"
-
-
-@pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would remove it: cpm sandbox down first")
-def test_down_leaves_nothing() -> None:
-    before = remains()
-    assert before == {}, "and nothing is there before"
-    hosts = network.HOSTS.read_bytes(), network.HOSTS.stat().st_mode
-    sandbox.up(STATE, install=False, with_containers=False)
-    job = submit(STATE, "setsid sleep 4243 & sleep 4243", "-N2", "--gres=gpu:8")
-    assert eventually(lambda: job_facts(STATE, job)["JobState"] == "RUNNING", 20)
-    sandbox.down(STATE, keep_files=False, purge=False)
-    assert remains() == {}
-    assert (network.HOSTS.read_bytes(), network.HOSTS.stat().st_mode) == hosts
-
-
-@pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would stop it: cpm sandbox down first")
-def test_down_can_keep_runs_and_accounting() -> None:
-    sandbox.up(STATE, install=False, with_containers=False)
-    job = submit(STATE, "echo kept")
-    assert eventually(lambda: log_of(STATE, job) == "kept\n", 20)
-    assert eventually(lambda: slurm(STATE, "sacct", "-n", "-X", "-j", job, "-s", "CD"), 30)
-    sandbox.down(STATE, keep_files=True, purge=False)
-    assert set(remains()) == {"folder"}
-    sandbox.up(STATE, install=False, with_containers=False)
-    assert log_of(STATE, job) == "kept\n"
-    assert slurm(STATE, "sacct", "-n", "-X", "-j", job, "-s", "CD")
-    sandbox.down(STATE, keep_files=False, purge=False)
-    assert remains() == {}
-
-
-def remains() -> dict[str, Any]:
-    """What there is of a sandbox on this machine; empty if there is nothing."""
-    interfaces = {path.name for path in Path("/sys/class/net").iterdir()}
-    programs = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "slurmstepd", "sleep 4243"}
-    commands = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True, check=True).stdout
-    found = {
-        "folder": STATE.root.exists(),
-        "mounts": [p for p in mount_points() if p.name in STATE.node_names] + below(STATE.root),
-        "interfaces": interfaces & {STATE.bridge, *(host.link for host in STATE.hosts)},
-        "namespaces": [host.netns for host in STATE.hosts if host.netns.exists()],
-        "firewall": STATE.bridge in subprocess.run(["iptables", "-S"], capture_output=True, text=True).stdout,
-        "names": "cpm sandbox" in network.HOSTS.read_text(),
-        "control groups": [p for name in STATE.node_names for p in cgroups.MOUNT.glob(f"*/slurm_{name}")],
-        "processes": [line for line in commands.splitlines() if line[0] != "Z" and any(p in line for p in programs)],
-    }
-    return {name: value for name, value in found.items() if value}
+def test_a_second_sandbox_is_refused_and_its_down_does_not_touch_the_first(cluster: Sandbox, tmp_path: Path) -> None:
+    pids = daemon_pids(cluster)
+    other = Sandbox(root=tmp_path)
+    with pytest.raises(SandboxError, match=f"cpmbr0 belongs to the sandbox in {cluster.root}: take that down first"):
+        sandbox.up(other, install=False, with_containers=False)
+    folders.claim(other)
+    sandbox.down(other, keep_files=False, purge=False)
+    assert not tmp_path.exists()
+    assert daemon_pids(cluster) == pids
+    assert node_states(cluster) == dict.fromkeys(cluster.node_names, "idle")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 from local_runs import ESCAPE_CODES, ONE_RANK, wait_for
 
@@ -103,3 +104,22 @@ def test_a_terminal_that_knows_no_bars_gets_a_summary(runs):
     done = runs.submit(runs.bash("exit 3"), env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 3 and "failed (exit code 3)" in done.stdout
     assert not ESCAPE_CODES.search(done.stdout)
+
+
+def test_a_detached_run_says_what_next_on_a_terminal(runs, terminal):
+    screen = terminal("cpm-submit", runs.bash(WAITING), "--detach")
+    assert screen.await_exit() == 0
+    run = runs.newest()
+    assert screen.text.splitlines()[0] == run.id
+    assert f"cpm logs -f {run.id}" in screen.text and f"cpm cancel {run.id}" in screen.text
+    runs.cpm("cancel")
+
+
+def test_streams_that_the_shell_has_closed(runs):
+    """As cron and some supervisors start programs."""
+    job = runs.bash("exit 3")
+    for redirections in ("<&-", "<&- >&-", "<&- >&- 2>&-"):
+        argv = ["bash", "-c", f'"$0" "$1" {redirections}', runs._argv("cpm-submit", ())[0], str(job)]
+        done = subprocess.run(argv, env=runs.environment, cwd=runs.jobs, capture_output=True, text=True)
+        assert done.returncode == 3, done.stderr
+        assert "Traceback" not in done.stderr and "defect" not in done.stderr

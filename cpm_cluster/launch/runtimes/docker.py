@@ -77,7 +77,7 @@ def _resources(plan: LaunchPlan, container: Container, node: NodeFacts) -> Itera
         yield Setting("ipc", "host", container.shm_set_by, container.shm_why)
     else:
         yield Setting("shm-size", str(container.shm_bytes), container.shm_set_by, container.shm_why)
-    for limit in ("memlock=-1", "stack=67108864", "nofile=1048576"):
+    for limit in node.ulimits:
         yield Setting("ulimit", limit, "computed", "pinned memory, deep stacks and sockets of NCCL and torch")
     if plan.gpus_per_node:
         yield Setting(

@@ -1,0 +1,146 @@
+"""A rootless dockerd of this job's own, on this node, for this attempt; child of the agent, gone with it.
+
+Two jobs of one user on a node cannot break each other: each has its runtime folder, and takes a data root that no other
+daemon holds. Data roots stay for the next job, so that an image is loaded once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import IO
+
+from cpm_cluster.agent import process_tree
+from cpm_cluster.agent.surroundings import NodeError
+from cpm_cluster.launch.plan import LaunchPlan, NodeFacts
+
+# Sockets may be 108 bytes long (unix(7)); tmpfs, since a network file system has no sockets.
+RUNTIME_FOLDERS = (Path("/dev/shm"), Path("/tmp"))
+DEFAULT_DATA_ROOT = "/var/tmp/cpm-docker-{uid}"
+MOST_DATA_ROOTS = 16
+START_PATIENCE_S = 60.0
+STOP_PATIENCE_S = 15.0
+OPTIONS = ("--exec-opt", "native.cgroupdriver=cgroupfs", "--iptables=false", "--bridge=none")
+
+
+class RootlessDocker:
+    """Started when made, stopped by `stop`; `environment` leads docker's client to it."""
+
+    def __init__(self, plan: LaunchPlan, node: NodeFacts, log: Path) -> None:
+        """Start the daemon and wait until it answers.
+
+        Raises:
+            NodeError: it does not come up in a minute, or is not rootless.
+        """
+        self.folder = _runtime_folder(node)
+        self.environment = {
+            "XDG_RUNTIME_DIR": str(self.folder),
+            "DOCKER_HOST": f"unix://{self.folder}/docker.sock",
+        }
+        self._lock, data_root = _take_data_root(plan, node)
+        self._log = log
+        self._process = self._start(data_root)
+        try:
+            self._wait_until_it_answers()
+        except NodeError:
+            self.stop()
+            raise
+
+    def stop(self) -> bool:
+        """End the daemon and remove its runtime folder; whether nothing is left of it."""
+        family = [self._process.pid, *process_tree.descendants(self._process.pid)]
+        process_tree.send([self._process.pid], signal.SIGTERM)
+        deadline = time.monotonic() + STOP_PATIENCE_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ended = process_tree.end_all(lambda: [pid for pid in family if process_tree.is_alive(pid)], 1.0)
+        # some of it belongs to the user's subordinate ids: only a user namespace can remove that
+        if shutil.which("rootlesskit"):
+            argv = ["rootlesskit", "rm", "-rf", str(self.folder)]
+            subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shutil.rmtree(str(self.folder), ignore_errors=True)
+        self._lock.close()
+        return ended and not self.folder.exists()
+
+    def _start(self, data_root: Path) -> subprocess.Popen[bytes]:
+        agent = os.getpid()
+        folders = ["--data-root", str(data_root), "--exec-root", f"{self.folder}/x"]
+        folders += ["--pidfile", f"{self.folder}/docker.pid"]
+        flags = {"DOCKERD_ROOTLESS_ROOTLESSKIT_FLAGS": f"--state-dir={self.folder}/rootlesskit"}
+        try:
+            with open(self._log, "ab") as log:
+                return subprocess.Popen(
+                    ["dockerd-rootless.sh", *OPTIONS, *folders],
+                    env={**os.environ, **self.environment, **flags},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=lambda: process_tree.end_with_parent(agent),
+                )
+        except OSError as error:
+            raise NodeError(
+                f"dockerd-rootless.sh cannot be run on this node ({error.strerror}): load the site's module for"
+                " rootless Docker (runtimes: modules in the cluster file), or use another runtime"
+            ) from error
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_PATIENCE_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            security = self._ask()
+            if security is not None:
+                if "rootless" not in security:
+                    raise NodeError(f"{self.environment['DOCKER_HOST']} is not rootless ({security})")
+                return
+            time.sleep(0.1)
+        state = "ended" if self._process.poll() is not None else f"does not answer after {START_PATIENCE_S:.0f} s"
+        raise NodeError(f"rootless dockerd {state}: {_last_error(self._log)}\n  all of it: {self._log}")
+
+    def _ask(self) -> str | None:
+        argv = ["docker", "info", "--format", "{{.SecurityOptions}}"]
+        environment = {**os.environ, **self.environment}
+        try:
+            done = subprocess.run(
+                argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=START_PATIENCE_S
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
+
+
+def _runtime_folder(node: NodeFacts) -> Path:
+    """A private folder with a short path, named after job, attempt and node: all nodes may share one machine."""
+    base = next((folder for folder in RUNTIME_FOLDERS if os.access(str(folder), os.W_OK | os.X_OK)), Path("/tmp"))
+    folder = base / f"cpm-{os.getuid()}-{node.job_id}.{node.attempt}-{node.name}"
+    shutil.rmtree(str(folder), ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _take_data_root(plan: LaunchPlan, node: NodeFacts) -> tuple[IO[str], Path]:
+    """A data root that no other daemon uses, with the lock that says so."""
+    named = plan.data_root or DEFAULT_DATA_ROOT
+    base = Path(named.replace("{uid}", str(os.getuid()))) / node.name
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for number in range(MOST_DATA_ROOTS):
+        lock = open(str(base / f"{number}.lock"), "w")  # noqa: SIM115 - held as long as the daemon lives
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            continue
+        folder = base / str(number)
+        folder.mkdir(exist_ok=True)
+        return lock, folder
+    raise NodeError(f"{MOST_DATA_ROOTS} daemons of yours run on this node already ({base}); end some of them")
+
+
+def _last_error(log: Path) -> str:
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    told = [line for line in lines if "level=error" in line or "level=fatal" in line or "rror" in line]
+    return (told or lines or ["it said nothing"])[-1]
