@@ -38,7 +38,7 @@ def follow(run: Run, as_json: bool, ask_at_once: bool = False) -> int:
 
     `ask_at_once` is for a Ctrl-C that came while the run was started.
     """
-    view = _open_view(run, as_json)
+    view = open_view(run, as_json)
     try:
         state = _watch(run, view, ask_at_once)
     finally:
@@ -111,7 +111,8 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-def _open_view(run: Run, as_json: bool) -> View:
+def open_view(run: Run, as_json: bool) -> View:
+    """The view for what is at the other end of stdout."""
     if as_json:
         return _Nothing()
     if is_terminal(sys.stdout):

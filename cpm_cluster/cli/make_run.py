@@ -23,4 +23,7 @@ def make_run(prepared: Prepared, job: Path) -> Run:
         script=batch_script(plan) if plan.scheduler == "slurm" else None,
         fit=json.dumps(asdict(prepared.fit), indent=1) + "\n",
     )
-    return create_run(plan, records, Path(prepared.spec.code) if prepared.spec.code else default_source(job))
+    run = create_run(plan, records, Path(prepared.spec.code) if prepared.spec.code else default_source(job))
+    for stand_in in (path for path in prepared.spec.mounts if path.startswith(f"{plan.run_dir}/")):
+        Path(stand_in).mkdir(parents=True)  # of a rehearsal, for what this machine does not have
+    return run

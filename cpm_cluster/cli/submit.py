@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,10 @@ from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.launch.prepare import Prepared, prepare, read_job
 from cpm_cluster.launch.resolve import Submitter
 from cpm_cluster.specs.catalogue import default_catalogue, packaged_jobs
+
+if TYPE_CHECKING:
+    from cpm_cluster.launch.rehearsal import Stage
+    from cpm_cluster.specs.job import JobSpec
 
 EPILOG = (
     """\
@@ -44,6 +49,12 @@ Examples:
     help="Prepare the run and write its script for plain sbatch, without submitting it.",
 )
 @click.option("--explain", metavar="KEY", help="Say who set a value, where and why; `all` lists everything.")
+@click.option(
+    "--rehearse",
+    "rehearsing",
+    is_flag=True,
+    help="Run it with a tiny model: same nodes, ranks, container, mounts and script; stop it, and see it go on.",
+)
 @click.option("--detach", is_flag=True, help="Return at once instead of following the run.")
 @options.runs_dir
 @options.as_json
@@ -53,6 +64,7 @@ def command(
     dry_run: bool,
     export: Path | None,
     explain: str | None,
+    rehearsing: bool,
     detach: bool,
     runs_dir: Path,
     as_json: bool,
@@ -61,6 +73,8 @@ def command(
     if dry_run + (export is not None) + (explain is not None) + detach > 1:
         raise click.UsageError("--dry-run, --export, --explain and --detach exclude each other")
     job = _found(job)
+    if rehearsing:
+        return _rehearse(job, overrides, runs_dir, as_json, dry_run)
     prepared = _prepare(job, overrides, runs_dir)
     if explain is not None:
         return _explain(prepared, explain, as_json)
@@ -80,15 +94,58 @@ def _found(job: Path) -> Path:
     return shipped if not job.exists() and len(job.parts) == 1 and shipped.is_file() else job
 
 
+def _read(job: Path, overrides: tuple[str, ...]) -> JobSpec:
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    catalogue = default_catalogue(Path.cwd(), config_home)
+    return read_job(job, overrides, catalogue, has_slurm=shutil.which("sbatch") is not None)
+
+
 def _prepare(job: Path, overrides: tuple[str, ...], runs_dir: Path) -> Prepared:
     from cpm_cluster.runs.run import new_run_id, run_directory
 
-    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    catalogue = default_catalogue(Path.cwd(), config_home)
-    spec = read_job(job, overrides, catalogue, has_slurm=shutil.which("sbatch") is not None)
+    spec = _read(job, overrides)
     run_id = new_run_id(spec.name)
-    submitter = Submitter(sys.executable, f"{os.getuid()}:{os.getgid()}")
-    return prepare(spec, run_id, run_directory(runs_dir, run_id), submitter)
+    return prepare(spec, run_id, run_directory(runs_dir, run_id), _submitter())
+
+
+def _submitter() -> Submitter:
+    return Submitter(sys.executable, f"{os.getuid()}:{os.getgid()}")
+
+
+def _rehearse(job: Path, overrides: tuple[str, ...], runs_dir: Path, as_json: bool, dry_run: bool) -> int:
+    from cpm_cluster.cli.make_run import make_run
+    from cpm_cluster.cli.rehearse import run_rehearsal
+    from cpm_cluster.launch import rehearsal
+    from cpm_cluster.runs.run import new_run_id, run_directory
+    from cpm_cluster.schedulers import open_scheduler
+
+    written, stage = _read(job, overrides), _stage()
+    staged = _read(job, (*rehearsal.overrides(written, stage), *overrides))
+    run_id = new_run_id(f"{staged.name[:53]}-rehearsal")
+    run_dir = run_directory(runs_dir, run_id)
+    missing = {path for path in staged.mounts if stage != "slurm" and not os.path.exists(path)}
+    found = rehearsal.rehearse(written, staged, stage, str(run_dir), missing)
+    prepared = prepare(found.spec, run_id, run_dir, _submitter())
+    if dry_run:
+        return _show(prepared, as_json)
+    scheduler = open_scheduler(prepared.plan.scheduler)
+    scheduler.require(prepared.plan)
+    return run_rehearsal(make_run(prepared, job), scheduler, found, as_json)
+
+
+def _stage() -> Stage:
+    """Where a rehearsal takes place: the sandbox where it is up, the cluster of this machine, or this machine alone."""
+    from cpm_cluster.sandbox.state import Sandbox
+
+    if shutil.which("sbatch") is None:
+        return "local"
+    sandbox = Sandbox().slurm_conf
+    configured = "SLURM_CONF" in os.environ or Path("/etc/slurm/slurm.conf").exists()
+    if not configured and sandbox.exists():
+        os.environ["SLURM_CONF"] = str(sandbox)
+    if os.environ.get("SLURM_CONF") == str(sandbox):
+        return "sandbox"
+    return "slurm" if configured else "local"
 
 
 def _explain(prepared: Prepared, key: str, as_json: bool) -> int:

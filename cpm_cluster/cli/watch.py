@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from cpm_cluster.diagnosis.diagnose import diagnose
@@ -23,14 +23,16 @@ def current_state(run: Run) -> State:
     submission = read_submission(run)
     if submission is None:
         return read_state(run, alive=False)
+    scheduler = open_scheduler(submission.scheduler)
     try:
-        alive = open_scheduler(submission.scheduler).is_alive(run, submission)
+        alive = scheduler.is_alive(run, submission)
     except SchedulerError:
         recorded = read_state(run, alive=False)
         if recorded.name == "lost":
             raise
         return recorded
-    return read_state(run, alive)
+    state = read_state(run, alive)
+    return state if state.name != "queued" else replace(state, phase=scheduler.waiting_for(run, submission))
 
 
 def settle(run: Run, state: State) -> Verdict | None:

@@ -14,7 +14,6 @@ from cpm_cluster.sandbox.state import Host, Sandbox, SandboxError
 
 HOSTS = Path("/etc/hosts")
 BEGIN, END = "# cpm sandbox: names of its nodes\n", "# cpm sandbox: end\n"
-NETNS = Path("/run/netns")
 
 
 def require_free(state: Sandbox) -> None:
@@ -49,18 +48,16 @@ def up(state: Sandbox) -> None:
 def down(state: Sandbox) -> None:
     """Remove what `up` made."""
     for host in state.hosts:
-        if host.uts in mount_points():
-            run(["umount", str(host.uts)])
         # not left to the end of the namespace, which a process in it could delay
         if _link(host.link):
             run(["ip", "link", "delete", host.link])
-        if host.netns.exists():
-            run(["ip", "netns", "delete", host.name])
+        for path in (host.netns, host.uts):
+            if path in mount_points():
+                run(["umount", str(path)])
     if is_up(state):
         run(["ip", "link", "delete", state.bridge])
     if succeeds(["iptables", "-C", *_rule(state)]):
         run(["iptables", "-D", *_rule(state)])
-    _remove_empty_folder()
     remove_names(HOSTS)
 
 
@@ -112,20 +109,18 @@ def _make_bridge(state: Sandbox) -> None:
 
 
 def _make_host(state: Sandbox, host: Host) -> None:
-    if host.netns not in mount_points():
-        host.netns.unlink(missing_ok=True)
-        run(["ip", "netns", "add", host.name])
-    if host.uts not in mount_points():
-        host.uts.touch()
-        run(["unshare", f"--uts={host.uts}", "hostname", host.name])
+    for kind, path in (("net", host.netns), ("uts", host.uts)):
+        if path not in mount_points():
+            path.touch()
+            run(["unshare", f"--{kind}={path}", "true"])
+    run([*host.enter, "hostname", host.name])
     if not _link(host.link):
-        inner = ["name", "eth0", "address", _hardware_address(host.address), "netns", host.name]
+        inner = ["name", "eth0", "address", _hardware_address(host.address), "netns", str(host.netns)]
         run(["ip", "link", "add", host.link, "type", "veth", "peer", *inner])
         run(["ip", "link", "set", host.link, "master", state.bridge])
-    inside = ["ip", "-netns", host.name]
-    run([*inside, "address", "replace", f"{host.address}/{state.subnet.prefixlen}", "dev", "eth0"])
+    run([*host.enter, "ip", "address", "replace", f"{host.address}/{state.subnet.prefixlen}", "dev", "eth0"])
     for interface in ("lo", "eth0"):
-        run([*inside, "link", "set", interface, "up"])
+        run([*host.enter, "ip", "link", "set", interface, "up"])
     run(["ip", "link", "set", host.link, "up"])
 
 
@@ -148,13 +143,6 @@ def _require_names(state: Sandbox) -> None:
             found = str(error)
         if found != str(host.address):
             raise SandboxError(f"{host.name} is {host.address} in {HOSTS}, and yet it resolves to {found}")
-
-
-def _remove_empty_folder() -> None:
-    """`ip netns add` mounts this folder; it goes with the last namespace."""
-    if NETNS in mount_points() and not any(NETNS.iterdir()):
-        run(["umount", str(NETNS)])
-        NETNS.rmdir()
 
 
 def _link(name: str) -> dict[str, Any]:

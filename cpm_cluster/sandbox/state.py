@@ -36,8 +36,12 @@ class Host:
 
     @property
     def netns(self) -> Path:
-        """Its network namespace, where `ip netns` keeps it."""
-        return Path("/run/netns") / self.name
+        """Its network namespace: a mount on this file.
+
+        Not one of `ip netns add`: where the root file system is made shared meanwhile, as rootless containers want it,
+        that mounts each twice, and cannot remove it.
+        """
+        return self.folder / "net"
 
     @property
     def uts(self) -> Path:

@@ -25,6 +25,12 @@ class Scheduler(Protocol):
     def is_alive(self, run: Run, submission: Submission) -> bool:
         """Whether the scheduler still holds the job, waiting or running."""
 
+    def waiting_for(self, run: Run, submission: Submission) -> str:
+        """Why a job has not started yet, in the scheduler's words; empty when it does not wait."""
+
+    def warn(self, run: Run, submission: Submission) -> None:
+        """Ask a running job to save and stop, as before its time limit (SIGUSR2)."""
+
     def cancel(self, run: Run, submission: Submission) -> None:
         """End the job and everything it started; returns when that is done."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -80,12 +81,20 @@ class Scheduler:
             raise SchedulerError(f"{run.id} belongs to another user; only they and root see its processes")
         return False
 
+    def waiting_for(self, run: Run, submission: Submission) -> str:
+        """Nothing waits here."""
+        return ""
+
+    def warn(self, run: Run, submission: Submission) -> None:
+        """As submitit's controller does before the time limit."""
+        send(_agents(run), signal.SIGUSR2)
+
     def cancel(self, run: Run, submission: Submission) -> None:
         """Ask the agent to save and stop; kill what is left after 40 s, or at once where there is no agent yet."""
         if not self.is_alive(run, submission):
             return
         agents = _agents(run)
-        send(agents, 15)
+        send(agents, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_OF_CANCEL_S
         while agents and processes_of_run(run.id) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -86,17 +86,25 @@ class Scheduler:
             return str(error)
         return _reason(job) if job is not None and job.is_waiting else ""
 
+    def warn(self, run: Run, submission: Submission) -> None:
+        """Steps get the signal, the batch script does not (man scancel, --signal)."""
+        _scancel("--signal=USR2", submission.job_id)
+
     def cancel(self, run: Run, submission: Submission) -> None:
         """scancel, and wait until Slurm has let go of the job."""
-        argv = ["scancel", submission.job_id]
-        done = subprocess.run(argv, capture_output=True, text=True, env=client_environment())
-        if done.returncode != 0:
-            raise SchedulerError(f"scancel {submission.job_id}: {done.stderr.strip()}")
+        _scancel(submission.job_id)
         deadline = time.monotonic() + PATIENCE_OF_CANCEL_S
         while self.is_alive(run, submission):
             if time.monotonic() > deadline:
                 raise SchedulerError(f"Slurm still holds job {submission.job_id}; squeue --job {submission.job_id}")
             time.sleep(SECONDS_BETWEEN_QUESTIONS)
+
+
+def _scancel(*arguments: str) -> None:
+    argv = ["scancel", *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, env=client_environment())
+    if done.returncode != 0:
+        raise SchedulerError(f"{' '.join(argv)}: {done.stderr.strip()}")
 
 
 def _ask() -> dict[str, QueuedJob]:

@@ -125,6 +125,7 @@ def test_the_agent_is_killed_and_resume_goes_on(runs):
         status = each.await_end()
         assert (status["state"], status["exit_code"]) == ("lost", None)
         assert "node agent ended without recording how" in status["verdict"]["cause"]
+        assert status["verdict"]["evidence"][0]["text"] == "cpm: the node agent was killed by signal 9"
         assert status["verdict"]["transient"]
     saved = run.checkpoint_step
     assert saved >= 3

@@ -21,7 +21,7 @@ import pytest
 from cpm_cluster.sandbox import cgroups, folders, network, requirements, sandbox
 from cpm_cluster.sandbox.commands import SYSTEM_PATH
 from cpm_cluster.sandbox.daemons import all_daemons
-from cpm_cluster.sandbox.mounts import below, mount_points
+from cpm_cluster.sandbox.mounts import below
 from cpm_cluster.sandbox.state import Node, Sandbox, SandboxError
 
 MISSING = requirements.missing_packages(requirements.PACKAGES)
@@ -91,9 +91,8 @@ def remains() -> dict[str, Any]:
     commands = subprocess.run(["ps", "-eo", "stat=,args="], capture_output=True, text=True, check=True).stdout
     found = {
         "folder": STATE.root.exists(),
-        "mounts": [p for p in mount_points() if p.name in STATE.node_names] + below(STATE.root),
+        "mounts": below(STATE.root),
         "interfaces": interfaces & {STATE.bridge, *(host.link for host in STATE.hosts)},
-        "namespaces": [host.netns for host in STATE.hosts if host.netns.exists()],
         "firewall": STATE.bridge in subprocess.run(["iptables", "-S"], capture_output=True, text=True).stdout,
         "names": "cpm sandbox" in network.HOSTS.read_text(),
         "control groups": [p for name in STATE.node_names for p in cgroups.MOUNT.glob(f"*/slurm_{name}")],

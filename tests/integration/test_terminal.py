@@ -81,6 +81,15 @@ def test_a_closed_window_leaves_the_run_alone(runs, terminal):
     assert run.await_end()["state"] == "finished"
 
 
+def test_whoever_submitted_may_be_killed_while_the_run_is_handed_over(runs):
+    submitter = subprocess.Popen(runs._argv("cpm-submit", (runs.bash("exit 3"),)), env=runs.environment, cwd=runs.jobs)
+    handing_over = wait_for("run", lambda: runs.runs_dir.exists() and runs.all())[0]
+    wait_for("hand over", lambda: handing_over.processes())
+    submitter.kill()
+    submitter.wait()
+    assert handing_over.await_end()["exit_code"] == 3
+
+
 def test_no_color_takes_the_colours_away(runs, terminal):
     colour = re.compile(r"\x1b\[[0-9;]*(3[0-7]|38|4[0-7]|48|9[0-7])[0-9;]*m")
     job = runs.bash(WAITING)

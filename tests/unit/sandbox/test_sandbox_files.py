@@ -104,7 +104,7 @@ def test_daemons_meet_at_the_ports_and_sockets_that_they_are_told() -> None:
 
 def test_every_daemon_runs_in_namespaces_of_the_sandbox_where_down_finds_it() -> None:
     namespaces = [word for daemon in all_daemons(STATE) for word in daemon.argv if word.startswith("--net=")]
-    assert namespaces == ["--net=/run/netns/cpm-head"] * 4 + [f"--net=/run/netns/g{n}" for n in range(2001, 2009)]
+    assert namespaces == ["--net=/opt/box/head/net"] * 4 + [f"--net=/opt/box/nodes/g{n}/net" for n in range(2001, 2009)]
 
 
 def test_nothing_lies_outside_the_folder() -> None:
