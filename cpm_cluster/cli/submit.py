@@ -15,7 +15,7 @@ import click
 from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.launch.prepare import Prepared, prepare, read_job
 from cpm_cluster.launch.resolve import Submitter
-from cpm_cluster.specs.catalogue import default_catalogue, packaged_jobs
+from cpm_cluster.specs.catalogue import Catalogue, default_catalogue, packaged_configs, packaged_jobs
 
 if TYPE_CHECKING:
     from cpm_cluster.launch.rehearsal import Stage
@@ -94,9 +94,11 @@ def _found(job: Path) -> Path:
     return shipped if not job.exists() and len(job.parts) == 1 and shipped.is_file() else job
 
 
-def _read(job: Path, overrides: tuple[str, ...]) -> JobSpec:
+def _read(job: Path, overrides: tuple[str, ...], own_configs: bool = True) -> JobSpec:
     config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     catalogue = default_catalogue(Path.cwd(), config_home)
+    if not own_configs:
+        catalogue = Catalogue((packaged_configs(),))
     return read_job(job, overrides, catalogue, has_slurm=shutil.which("sbatch") is not None)
 
 
@@ -119,7 +121,9 @@ def _rehearse(job: Path, overrides: tuple[str, ...], runs_dir: Path, as_json: bo
     from cpm_cluster.runs.run import new_run_id, run_directory
     from cpm_cluster.schedulers import open_scheduler
 
-    written, stage = _read(job, overrides), _stage()
+    stage = _stage()
+    # in the sandbox the user's image file describes a stand-in, which lacks what the job asks for
+    written = _read(job, overrides, own_configs=stage != "sandbox")
     staged = _read(job, (*rehearsal.overrides(written, stage), *overrides))
     run_id = new_run_id(f"{staged.name[:53]}-rehearsal")
     run_dir = run_directory(runs_dir, run_id)

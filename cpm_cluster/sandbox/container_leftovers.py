@@ -1,21 +1,22 @@
-"""What containers of the sandbox leave when their daemons are killed: processes, mounts, control groups, folders.
+"""What containers and their user leave when daemons are killed: processes, control groups, temporary files.
 
-Containers outlive dockerd, and conmon outlives podman, so that process-id files do not lead to them. Their root file
-system does: it is an overlay whose layers are in a store of the sandbox.
+Containers outlive dockerd, and conmon outlives podman, so that process-id files do not lead to them. A container of
+root is known by its root file system, an overlay whose layers are in a store of the sandbox. All that belongs to the
+ordinary user and to its subordinate ids is the sandbox's: the account is for nothing else.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from cpm_cluster.sandbox.cgroups import MOUNT
 from cpm_cluster.sandbox.commands import wait_for
 
 PATIENCE_S = 5.0
+TEMPORARY = (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"))
 _PROC = Path("/proc")
-_TEMPORARY = Path("/tmp")
 
 
 def container_processes(root: Path) -> set[int]:
@@ -29,27 +30,24 @@ def daemon_processes(folder: Path) -> set[int]:
     return {int(entry.name) for entry in _processes() if wanted in _content(entry / "cmdline")}
 
 
-def user_processes(root: Path, uid: int) -> set[int]:
-    """Processes of a user whose command line or environment names `root`: daemons, conmon, shells at home there."""
-    wanted = f"{root}/".encode()
-    return {
-        int(entry.name)
-        for entry in _processes()
-        if _owner(entry) == uid and any(wanted in _content(entry / name) for name in ("cmdline", "environ"))
-    }
+def processes_of(users: Collection[range]) -> set[int]:
+    """Living processes of these user ids."""
+    return {int(entry.name) for entry in _processes() if _belongs(entry, users) and _content(entry / "cmdline")}
+
+
+def remove_files_of(users: Collection[range], folders: tuple[Path, ...] = TEMPORARY) -> None:
+    """Remove what belongs to these user ids at the top of the folders for temporary files and shared memory."""
+    for path in (path for folder in folders for path in folder.iterdir()):
+        if _belongs(path, users):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def remove_control_groups(path: str) -> None:
     """Remove the control groups of this path, in all hierarchies of version 1 and 2, once they are empty."""
     wait_for(lambda: not _remove_empty(path), PATIENCE_S)
-
-
-def remove_temporary_folders(uid: int) -> None:
-    """Folders in /tmp of podman without XDG_RUNTIME_DIR, and of a rootlesskit that was killed."""
-    names = (f"podman-run-{uid}", f"containers-user-{uid}", "rootlesskit*")
-    for path in (path for name in names for path in _TEMPORARY.glob(name)):
-        if _owner(path) == uid:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_empty(path: str) -> list[Path]:
@@ -75,11 +73,12 @@ def _root_mount(process: Path) -> str:
     return next((line for line in lines if line.split()[4] == "/"), "")
 
 
-def _owner(path: Path) -> int | None:
+def _belongs(path: Path, users: Collection[range]) -> bool:
     try:
-        return path.stat().st_uid
+        owner = path.lstat().st_uid
     except OSError:
-        return None
+        return False
+    return any(owner in ids for ids in users)
 
 
 def _content(path: Path) -> bytes:

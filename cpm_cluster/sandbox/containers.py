@@ -72,14 +72,13 @@ def down(state: Sandbox) -> None:
     Raises:
         SandboxError: what does not end.
     """
+    users = host_settings.ids_of(state) if accounts.exists(state) else []
     # containers first: dockerd would wait for as long as a job asks with --stop-timeout
-    _end(lambda: container_leftovers.container_processes(state.root))
+    _end(lambda: container_leftovers.container_processes(state.root) | container_leftovers.processes_of(users))
     for engine in dockerd.engines(state):
         engine.file.end(PATIENCE_S)
     _end(lambda: container_leftovers.daemon_processes(dockerd.run_folder(state)))
-    if accounts.exists(state):
-        _end(lambda: container_leftovers.user_processes(state.root, state.uid))
-        container_leftovers.remove_temporary_folders(state.uid)
+    container_leftovers.remove_files_of(users)
     for folder in (dockerd.run_folder(state), dockerd.store(state), podman.store(state), state.run / "user"):
         for mounted in mounts.below(folder):
             run(["umount", str(mounted)])

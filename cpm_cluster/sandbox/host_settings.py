@@ -83,10 +83,17 @@ def root_is_shared(mountinfo: str) -> bool:
     return any(word.startswith("shared:") for word in last[6 : last.index("-")])
 
 
-def subordinate_ids(table: str, user: str, uid: int) -> int:
-    """How many ids /etc/subuid or /etc/subgid grants a user (subuid(5): NAME_OR_UID:FIRST:COUNT)."""
+def ids_of(state: Sandbox) -> list[range]:
+    """The user ids of the ordinary user: its own, and those that its containers have."""
+    table = Path("/etc/subuid")
+    granted = subordinate_ids(table.read_text(), state.user, state.uid) if table.exists() else []
+    return [range(state.uid, state.uid + 1), *granted]
+
+
+def subordinate_ids(table: str, user: str, uid: int) -> list[range]:
+    """The ids that /etc/subuid or /etc/subgid grants a user (subuid(5): NAME_OR_UID:FIRST:COUNT)."""
     rows = [line.split(":") for line in table.splitlines() if line.count(":") == 2]
-    return sum(int(count) for name, _, count in rows if name in {user, str(uid)})
+    return [range(int(first), int(first) + int(count)) for name, first, count in rows if name in {user, str(uid)}]
 
 
 def _observe(leftovers: tuple[Path, ...]) -> Before:
@@ -103,7 +110,7 @@ def _require_subordinate_ids(state: Sandbox) -> None:
     for kind in ("subuid", "subgid"):
         table = Path("/etc", kind)
         text = table.read_text() if table.exists() else ""
-        if subordinate_ids(text, state.user, state.uid) < SUBORDINATE_IDS:
+        if sum(map(len, subordinate_ids(text, state.user, state.uid))) < SUBORDINATE_IDS:
             first = max([100_000, *(int(line.split(":")[1]) + int(line.split(":")[2]) for line in text.splitlines())])
             run(["usermod", f"--add-{kind}s", f"{first}-{first + SUBORDINATE_IDS - 1}", state.user])
 

@@ -21,10 +21,10 @@ from cpm_cluster.schedulers.slurm_queue import NodeGroup, QueuedJob, client_envi
 
 WITHOUT_SBATCH = """\
 this job is for a Slurm cluster, and there is no sbatch on this machine's PATH
-  to see what would run there:   cpm-submit JOB --dry-run
-  to run it:                     cpm-submit JOB, on a login node of the cluster
-  to learn and rehearse here:    cpm sandbox up makes a small Slurm cluster of this machine (needs root)
-  to try the trainer alone:      cpm-submit jobs/quickstart.yaml (2 processes on the CPU)"""
+  to see what would run there:     cpm-submit JOB --dry-run
+  to run it, on a login node:      cpm-submit JOB; or cpm-submit JOB --export job.sbatch, then sbatch job.sbatch
+  to rehearse it on this machine:  cpm-submit JOB --rehearse; after cpm sandbox up, on a small Slurm cluster of its own
+  to try the trainer alone:        cpm-submit jobs/quickstart.yaml (2 processes on the CPU)"""
 
 # What slurmctld says to a job that it will not take, and the key of the job file that it means.
 REFUSALS = (

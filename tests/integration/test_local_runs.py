@@ -54,7 +54,7 @@ def _check_output(output, run):
     assert not ESCAPE_CODES.search(output) and "\r" not in output
     for expected in (
         f"{run.id}\n  {run.folder}\n",
-        "  training",
+        "  starting",
         "█",
         "prompt: the cat",
         "before:",

@@ -24,6 +24,7 @@ from cpm_cluster.sandbox import (
     containers,
     dockerd,
     gpus,
+    host_settings,
     image,
     network,
     podman,
@@ -325,8 +326,9 @@ def test_down_leaves_nothing_even_of_daemons_that_were_killed(cluster, rootless)
 
     assert container_leftovers.container_processes(cluster.root) == set()
     assert container_leftovers.daemon_processes(dockerd.run_folder(cluster)) == set()
-    assert container_leftovers.user_processes(cluster.root, cluster.uid) == set()
-    assert [mounted for mounted in below(cluster.root) if mounted.name != "uts"] == []
+    assert container_leftovers.processes_of(host_settings.ids_of(cluster)) == set()
+    namespaces = {path for host in cluster.hosts for path in (host.netns, host.uts)}
+    assert set(below(cluster.root)) - namespaces == set()
     assert [store for store in stores if store.exists()] == []
     assert list(MOUNT.glob(f"*/{dockerd.CGROUP}")) == []
     assert [path for path in (*dockerd.LEFTOVERS, *podman.leftovers(cluster)) if path.exists()] == []

@@ -65,7 +65,7 @@ class TestDocker:
             "--mount=type=bind,source=/data,target=/data,readonly",
             f"--workdir={RUN_DIR}/code",
             "cpmlive-flash:0.0.4",
-            "python",
+            "python3",
             *TORCHRUN,
         ]
 
@@ -216,7 +216,7 @@ class TestPyxis:
         )
         assert step["container-workdir"] == f"{RUN_DIR}/code"
         assert "no-container-mount-home" in step
-        assert node_argv(plan) == ["python", *TORCHRUN]
+        assert node_argv(plan) == ["python3", *TORCHRUN]
 
     def test_the_agent_runs_inside_with_the_python_of_the_image(self, tmp_path: Path) -> None:
         assert _plan(tmp_path, "runtime=pyxis").agent_python == "python3"
@@ -239,7 +239,7 @@ class TestPyxis:
 class TestWithoutContainer:
     def test_conda_takes_the_environment_that_the_cluster_file_names(self, tmp_path: Path) -> None:
         argv = node_argv(_without_container(tmp_path, "conda"))
-        assert argv == ["conda", "run", "--name", "cpm-9g", "--no-capture-output", "python", *TORCHRUN]
+        assert argv == ["conda", "run", "--name", "cpm-9g", "--no-capture-output", "python3", *TORCHRUN]
 
     def test_or_its_path(self, tmp_path: Path) -> None:
         site = SITE.replace("environment: cpm-9g", "environment: /envs/cpm")

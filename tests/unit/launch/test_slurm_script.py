@@ -82,7 +82,7 @@ class TestFactsOfTheManual:
             "#     --shm-size=4294967296 \\",  # 4g
             "#     --mount=type=bind,source=/data/public/CPM-9G,target=/CPM-9G,readonly \\",
             "#     --network=host \\",
-            "#     cpmlive-flash:0.0.4 python \\",
+            "#     cpmlive-flash:0.0.4 python3 \\",
             "# after loading /data/public/images/cpmlive-flash-0.0.4.tar where the image is missing",
         ],
     )
@@ -99,7 +99,7 @@ class TestFactsOfTheManual:
             "#     --shm-size=4294967296 \\",
             "#     --network=host \\",
             "#     --user=1000:1001 \\",
-            "#     cpmlive-flash:0.0.4 python \\",
+            "#     cpmlive-flash:0.0.4 python3 \\",
             "#     --nnodes=8 \\",
         ],
     )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from cpm_cluster.sandbox.container_leftovers import container_processes, daemon_processes, user_processes
+from cpm_cluster.sandbox.container_leftovers import container_processes, daemon_processes, processes_of, remove_files_of
 
 
 @pytest.fixture
@@ -36,16 +36,25 @@ def test_a_daemon_is_known_by_the_folder_of_its_socket(tmp_path, sleeper):
     assert daemon_processes(tmp_path / "run") == {ours}
 
 
-def test_a_process_of_the_user_is_known_by_command_line_or_environment(tmp_path, sleeper):
-    by_argument = sleeper(f"--data-root={tmp_path}/docker")
-    by_variable = sleeper(HOME=f"{tmp_path}/home")
-    sleeper(HOME="/nowhere")
-    assert user_processes(tmp_path, os.getuid()) == {by_argument, by_variable}
+def test_all_processes_of_a_user_are_found_and_none_of_others(sleeper):
+    ours = sleeper()
+    me = range(os.getuid(), os.getuid() + 1)
+    assert ours in processes_of([me])
+    assert processes_of([]) == set()
+    assert processes_of([range(4_000_000_000, 4_000_000_001)]) == set()
 
 
-def test_processes_of_other_users_are_left_alone(tmp_path, sleeper):
-    sleeper(f"--data-root={tmp_path}/docker")
-    assert user_processes(tmp_path, os.getuid() + 1) == set()
+def test_temporary_files_of_a_user_go_and_what_is_linked_stays(tmp_path):
+    kept, temporary = tmp_path / "kept", tmp_path / "temporary"
+    (kept / "inner").mkdir(parents=True)
+    (temporary / "folder" / "inner").mkdir(parents=True)
+    (temporary / "segment").write_text("")
+    (temporary / "link").symlink_to(kept)
+    remove_files_of([range(os.getuid() + 1, os.getuid() + 9)], (temporary,))
+    assert len(list(temporary.iterdir())) == 3
+    remove_files_of([range(os.getuid(), os.getuid() + 1)], (temporary,))
+    assert list(temporary.iterdir()) == []
+    assert (kept / "inner").is_dir()
 
 
 def test_an_ordinary_process_is_in_no_container(tmp_path, sleeper):

@@ -25,15 +25,15 @@ def test_whether_the_root_is_a_shared_mount(mountinfo, shared):
 
 
 @pytest.mark.parametrize(
-    ("table", "count"),
+    ("table", "ids"),
     [
-        ("", 0),
-        ("other:100000:65536\n", 0),
-        ("cpm-sandbox:100000:65536\n", 65536),
-        ("1001:100000:65536\n", 65536),
-        ("cpm-sandbox:100000:1000\nother:1:2\ncpm-sandbox:200000:2000\n", 3000),
-        ("# a comment\ncpm-sandbox:100000\n", 0),
+        ("", []),
+        ("other:100000:65536\n", []),
+        ("cpm-sandbox:100000:65536\n", [range(100000, 165536)]),
+        ("1001:100000:65536\n", [range(100000, 165536)]),
+        ("cpm-sandbox:10:1\nother:1:2\ncpm-sandbox:20:2\n", [range(10, 11), range(20, 22)]),
+        ("# a comment\ncpm-sandbox:100000\n", []),
     ],
 )
-def test_how_many_subordinate_ids_a_user_has(table, count):
-    assert subordinate_ids(table, "cpm-sandbox", 1001) == count
+def test_which_subordinate_ids_a_user_has(table, ids):
+    assert subordinate_ids(table, "cpm-sandbox", 1001) == ids
