@@ -13,6 +13,8 @@ ENDLESS = {
     "training__log_every": 50,
     "training__checkpoint": {"every": 500_000, "keep": 2},
 }
+# Of this session of tests alone: another one may run beside it.
+DAEMON = f"hidden-daemon-of-test-{os.getpid()}"
 
 
 def test_cancel_while_training_saves(runs):
@@ -60,12 +62,12 @@ def test_what_a_program_leaves_behind_ends_with_the_run(runs):
     """Double forks, sessions of their own, an empty environment, deaf to SIGTERM: the agent adopts them all."""
     script = """
         bash=$(command -v bash)
-        deaf="trap '' TERM HUP; exec -a hidden-daemon sleep 600"
+        deaf="trap '' TERM HUP; exec -a NAME sleep 600"
         (setsid "$bash" -c "$deaf" </dev/null &>/dev/null &)
         (env -i setsid "$bash" -c "$deaf" </dev/null &>/dev/null &)
         while [ ! -e go ]; do sleep 0.05; done
     """
-    run = runs.detached(runs.bash(script))
+    run = runs.detached(runs.bash(script.replace("NAME", DAEMON)))
     wait_for("daemons", lambda: len(_hidden_daemons()) == 2)
     (run.folder / "code" / "go").touch()
     assert run.await_end()["state"] == "finished"
@@ -73,7 +75,7 @@ def test_what_a_program_leaves_behind_ends_with_the_run(runs):
 
 
 def _hidden_daemons():
-    return [pid for pid in all_processes() if command_line(pid).startswith("hidden-daemon")]
+    return [pid for pid in all_processes() if command_line(pid).startswith(DAEMON)]
 
 
 def test_cancel_of_a_program_that_left_daemons(runs):

@@ -16,8 +16,10 @@ import pytest
 from made_runs import ANY_PROGRAM, TORCHRUN, container
 from processes import ROOT, is_gone, parent_of, wait_for
 
+from cpm_cluster.agent.process_tree import end_all, processes_of_run
 from cpm_cluster.launch.plan import Program
 from cpm_cluster.runs.records import read_events
+from cpm_cluster.runs.run import new_run_id
 
 AGENT = """
 import sys
@@ -36,7 +38,7 @@ class Agent:
 
     def __init__(self, run, environment):
         self.run, self.root = run, run.files.root
-        surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
+        surroundings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "CPM_RUN_ID": run.id, **environment}
         self.process = subprocess.Popen([sys.executable, "-c", AGENT, str(self.root)], env=surroundings)
 
     @property
@@ -75,14 +77,15 @@ def agent(made_run, tmp_path):
         if run is None:
             program = Program("torchrun", str(launcher), 1, ("-m-trainer", script))
             other = Program(ANY_PROGRAM.launcher, "", 1, ("bash", "-c", script))
-            run = made_run(trainer=trainer, **({"program": program if trainer else other} | plan)).run
+            settings = {"program": program if trainer else other} | plan
+            run = made_run(new_run_id("agent"), trainer=trainer, **settings).run
             run.files.code.mkdir()
         started.append(Agent(run, environment or {}))
         return started[-1]
 
     yield start
     for each in started:
-        each.process.kill()
+        end_all(lambda each=each: processes_of_run(each.run.id), 0)
         each.process.wait()
 
 
@@ -181,12 +184,12 @@ def test_what_the_user_can_correct_ends_with_2_whatever_torchrun_says(agent):
     worker = agent("exit 1", trainer=True)
     assert worker.ended()[0] == 1
     script = "mkdir -p errors; echo '{\"user_error\": true}' > errors/rank-1.json; exit 1"
-    worker = agent(script, trainer=True, run_id="b-20260102-030405-0001")
+    worker = agent(script, trainer=True)
     assert worker.ended()[0] == 2
 
 
 def test_how_an_earlier_attempt_ended_is_not_how_this_one_does(agent, made_run):
-    made = made_run(program=Program("torchrun", "/no/such/launcher", 2, TORCHRUN.arguments))
+    made = made_run(new_run_id("agent"), program=Program("torchrun", "/no/such/launcher", 2, TORCHRUN.arguments))
     made.file("errors/rank-0.json", {"user_error": True}).file("outcome.json", {"outcome": "stopped"})
     made.file("control/stop", "")
     made.run.files.code.mkdir()

@@ -23,7 +23,8 @@ from cpm_cluster.agent.process_tree import (
 )
 
 FAMILY = "sleep 60 & bash -c 'sleep 60 & echo ready; wait' & wait"
-RUN = {"CPM_RUN_ID": "job-of-this-test"}
+# of this session of tests alone: another one may run beside it
+RUN = {"CPM_RUN_ID": f"job-of-test-{os.getpid()}"}
 
 
 def test_descendants_are_found_parents_before_children():
@@ -46,14 +47,15 @@ def test_processes_of_a_run_are_found_by_their_environment_and_what_hides_from_i
         hidden = wait_for(lambda: [p for p in descendants(root.pid) if not carries(p, RUN["CPM_RUN_ID"])])
         assert sorted(processes_of_run(RUN["CPM_RUN_ID"])) == sorted([root.pid, *hidden])
         assert carries(root.pid, RUN["CPM_RUN_ID"])
-        assert processes_of_run("job-of-this") == []
+        assert processes_of_run(RUN["CPM_RUN_ID"][:-1]) == []
         assert end_all(lambda: processes_of_run(RUN["CPM_RUN_ID"]), 5)
 
 
 def test_whoever_asks_is_no_process_of_the_run():
     """As `cpm status` in a shell that a job has started."""
-    question = "from cpm_cluster.agent.process_tree import *; print(processes_of_run('job-of-this-test'))"
-    done = subprocess.run([sys.executable, "-c", question], env={**os.environ, **RUN}, capture_output=True, text=True)
+    question = "from cpm_cluster.agent.process_tree import *; print(processes_of_run(sys.argv[1]))"
+    argv = [sys.executable, "-c", f"import sys; {question}", RUN["CPM_RUN_ID"]]
+    done = subprocess.run(argv, env={**os.environ, **RUN}, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
 
 

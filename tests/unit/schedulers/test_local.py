@@ -14,7 +14,7 @@ import pytest
 from made_runs import ANY_PROGRAM
 
 from cpm_cluster.launch.plan import Program
-from cpm_cluster.runs.run import RunError, Submission
+from cpm_cluster.runs.run import RunError, Submission, new_run_id
 from cpm_cluster.schedulers import SchedulerError, local, open_scheduler
 
 HERE = Program("torchrun", sys.executable, 2, ())
@@ -68,7 +68,7 @@ def test_only_the_machine_that_started_a_run_knows_whether_it_lives(made_run):
 
 
 def test_a_run_of_another_user_whose_controller_has_gone(made_run, monkeypatch):
-    run, scheduler = made_run().run, open_scheduler("local")
+    run, scheduler = made_run(new_run_id("local")).run, open_scheduler("local")
     monkeypatch.setattr(local.os, "geteuid", lambda: run.files.root.stat().st_uid + 1)
     with pytest.raises(SchedulerError, match="belongs to another user; only they and root see its processes"):
         scheduler.is_alive(run, Submission("local", str(1 << 22), platform.node()))
@@ -76,7 +76,7 @@ def test_a_run_of_another_user_whose_controller_has_gone(made_run, monkeypatch):
 
 def test_the_controller_of_a_run_is_known_by_its_command_line(made_run):
     """Which every user can read, other than its environment."""
-    run, scheduler = made_run().run, open_scheduler("local")
+    run, scheduler = made_run(new_run_id("local")).run, open_scheduler("local")
     argv = ["bash", "-c", "sleep 60; exit", str(run.files.root / "submitit")]
     with subprocess.Popen(argv, start_new_session=True) as controller:
         submission = Submission("local", str(controller.pid), platform.node())
