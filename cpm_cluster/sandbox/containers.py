@@ -116,6 +116,7 @@ def _write_files(state: Sandbox, manifest: Manifest) -> None:
         "user_run": str(podman.run_folder(state).parent),
         "podman_store": str(podman.store(state)),
         "uid": str(state.uid),
+        "rootless_script": _rootless_script(),
         "docker": _program("docker"),
         "podman": _program("podman"),
     }
@@ -127,7 +128,7 @@ def _write_files(state: Sandbox, manifest: Manifest) -> None:
     config = state.home / ".config"
     _make_user_folders(state, config / "containers", config / "cpm-cluster" / "images")
     entry = config / "cpm-cluster" / "images" / f"{image.stem(manifest.tag)}.yaml"
-    programs = ("docker", "podman", "nvidia-container-runtime-hook")
+    programs = ("docker", "dockerd-rootless.sh", "podman", "nvidia-container-runtime-hook")
     slurm_conf.write(
         [
             *(Rendered(state.bin / name, text(name), 0o755) for name in programs),
@@ -135,7 +136,6 @@ def _write_files(state: Sandbox, manifest: Manifest) -> None:
             Rendered(entry, image.catalogue_entry(manifest)),
         ]
     )
-    _link_rootless_script(state)
 
 
 def _make_user_folders(state: Sandbox, *paths: Path) -> None:
@@ -147,14 +147,11 @@ def _make_user_folders(state: Sandbox, *paths: Path) -> None:
                 os.chown(made, state.uid, state.gid)
 
 
-def _link_rootless_script(state: Sandbox) -> None:
-    """Debian keeps the script that starts a rootless daemon where no PATH leads."""
+def _rootless_script() -> str:
     found = next((path for path in ROOTLESS_SCRIPTS if Path(path).exists()), None)
     if found is None:
         raise SandboxError("there is no dockerd-rootless.sh: install docker.io, or docker-ce-rootless-extras of Docker")
-    link = state.bin / "dockerd-rootless.sh"
-    if not link.is_symlink():
-        link.symlink_to(found)
+    return found
 
 
 def _program(name: str) -> str:

@@ -32,7 +32,6 @@ from cpm_cluster.sandbox import (
     sandbox,
 )
 from cpm_cluster.sandbox.cgroups import MOUNT
-from cpm_cluster.sandbox.commands import SYSTEM_PATH
 from cpm_cluster.sandbox.image import Manifest
 from cpm_cluster.sandbox.mounts import below
 from cpm_cluster.sandbox.state import Host, Sandbox
@@ -99,7 +98,8 @@ class Runtime:
 def on_node(state: Sandbox, host: Host, *argv: str) -> list[str]:
     """Argv of a command of the ordinary user on a node; variables first, as for env(1)."""
     user = ["setpriv", f"--reuid={state.uid}", f"--regid={state.gid}", "--clear-groups", "--"]
-    variables = [f"PATH={state.bin}:{SYSTEM_PATH}", f"HOME={state.home}"]
+    # as many logins have it: without the folders for system programs
+    variables = [f"PATH={state.bin}:/usr/bin:/bin", f"HOME={state.home}"]
     return [*host.enter, *user, "env", "--ignore-environment", "--chdir=/", *variables, *argv]
 
 
