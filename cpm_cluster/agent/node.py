@@ -128,7 +128,8 @@ class NodeAgent:
         self._record(node, preflight.clock(gathered.clock_skew_s))
         if self.plan.runtime == "docker-rootless":
             self._enter(node, "docker")
-            self.docker = RootlessDocker(self.plan, node, self.files.node_dir(node.attempt, node.index) / "dockerd.log")
+            self.docker = RootlessDocker(node, self.files.node_dir(node.attempt, node.index) / "dockerd.log")
+            self.docker.start(self.plan)
             os.environ.update(self.docker.environment)
         if containers.is_used(self.plan):
             self._enter(node, "image")
@@ -164,18 +165,9 @@ class NodeAgent:
 
         The trainer does not start among the user's files: one called queue.py would be imported in place of Python's.
         """
-        agent = os.getpid()
+        folder = self.files.code if self.plan.trainer is None else self.files.root
         try:
-            return subprocess.Popen(
-                argv,
-                cwd=str(self.files.code if self.plan.trainer is None else self.files.root),
-                env={**inherited_environment(os.environ), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=lambda: process_tree.end_with_parent(agent),
-            )
+            return process_tree.start_child(argv, {**inherited_environment(os.environ), **environment}, log, folder)
         except OSError as error:
             raise NodeError(f"{argv[0]} cannot be run on this node: {error.strerror}") from error
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
-from typing import Callable
+from typing import IO, Callable
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -27,6 +28,21 @@ def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
     _prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def start_child(argv: list[str], environment: dict[str, str], log: IO[bytes], cwd: Path) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, which ends with this process; raises OSError as Popen does."""
+    parent = os.getpid()
+    return subprocess.Popen(
+        argv,
+        cwd=str(cwd),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: end_with_parent(parent),
+    )
 
 
 def descendants(pid: int) -> list[int]:

@@ -29,76 +29,64 @@ OPTIONS = ("--exec-opt", "native.cgroupdriver=cgroupfs", "--iptables=false", "--
 
 
 class RootlessDocker:
-    """Started when made, stopped by `stop`; `environment` leads docker's client to it."""
+    """Its `environment` leads docker's client to it. `stop` belongs to every `start`, however that ended."""
 
-    def __init__(self, plan: LaunchPlan, node: NodeFacts, log: Path) -> None:
-        """Start the daemon and wait until it answers.
-
-        Raises:
-            NodeError: it does not come up in a minute, or is not rootless.
-        """
+    def __init__(self, node: NodeFacts, log: Path) -> None:
+        self._node, self._log = node, log
         self.folder = _runtime_folder(node)
         self.environment = {
             "XDG_RUNTIME_DIR": str(self.folder),
             "DOCKER_HOST": f"unix://{self.folder}/docker.sock",
         }
-        self._lock, data_root = _take_data_root(plan, node)
-        self._log = log
-        self._process = self._start(data_root)
-        try:
-            self._wait_until_it_answers()
-        except NodeError:
-            self.stop()
-            raise
+        self._lock: IO[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def stop(self) -> bool:
-        """End the daemon and remove its runtime folder; whether nothing is left of it."""
-        family = [self._process.pid, *process_tree.descendants(self._process.pid)]
-        process_tree.send([self._process.pid], signal.SIGTERM)
-        deadline = time.monotonic() + STOP_PATIENCE_S
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        ended = process_tree.end_all(lambda: [pid for pid in family if process_tree.is_alive(pid)], 1.0)
-        # some of it belongs to the user's subordinate ids: only a user namespace can remove that
-        if shutil.which("rootlesskit"):
-            argv = ["rootlesskit", "rm", "-rf", str(self.folder)]
-            subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start(self, plan: LaunchPlan) -> None:
+        """Start the daemon and wait until it answers.
+
+        Raises:
+            NodeError: it does not come up in a minute, or is not rootless.
+        """
         shutil.rmtree(str(self.folder), ignore_errors=True)
-        self._lock.close()
-        return ended and not self.folder.exists()
-
-    def _start(self, data_root: Path) -> subprocess.Popen[bytes]:
-        agent = os.getpid()
+        self.folder.mkdir(mode=0o700)
+        self._lock, data_root = _take_data_root(plan, self._node)
         folders = ["--data-root", str(data_root), "--exec-root", f"{self.folder}/x"]
         folders += ["--pidfile", f"{self.folder}/docker.pid"]
         flags = {"DOCKERD_ROOTLESS_ROOTLESSKIT_FLAGS": f"--state-dir={self.folder}/rootlesskit"}
+        environment = {**os.environ, **self.environment, **flags}
         try:
             with open(self._log, "ab") as log:
-                return subprocess.Popen(
-                    ["dockerd-rootless.sh", *OPTIONS, *folders],
-                    env={**os.environ, **self.environment, **flags},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=lambda: process_tree.end_with_parent(agent),
-                )
+                argv = ["dockerd-rootless.sh", *OPTIONS, *folders]
+                self._process = process_tree.start_child(argv, environment, log, self.folder)
         except OSError as error:
             raise NodeError(
                 f"dockerd-rootless.sh cannot be run on this node ({error.strerror}): load the site's module for"
                 " rootless Docker (runtimes: modules in the cluster file), or use another runtime"
             ) from error
+        self._wait_until_it_answers(self._process)
 
-    def _wait_until_it_answers(self) -> None:
+    def stop(self) -> bool:
+        """End the daemon and remove its runtime folder; whether nothing is left of it."""
+        ended = self._process is None or _end(self._process)
+        # some of it belongs to the user's subordinate ids: only a user namespace can remove that
+        if self.folder.exists() and shutil.which("rootlesskit"):
+            argv = ["rootlesskit", "rm", "-rf", str(self.folder)]
+            subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        shutil.rmtree(str(self.folder), ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+        return ended and not self.folder.exists()
+
+    def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_PATIENCE_S
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and process.poll() is None:
             security = self._ask()
             if security is not None:
                 if "rootless" not in security:
                     raise NodeError(f"{self.environment['DOCKER_HOST']} is not rootless ({security})")
                 return
             time.sleep(0.1)
-        state = "ended" if self._process.poll() is not None else f"does not answer after {START_PATIENCE_S:.0f} s"
+        state = "ended" if process.poll() is not None else f"does not answer after {START_PATIENCE_S:.0f} s"
         raise NodeError(f"rootless dockerd {state}: {_last_error(self._log)}\n  all of it: {self._log}")
 
     def _ask(self) -> str | None:
@@ -113,13 +101,20 @@ class RootlessDocker:
         return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
 
 
+def _end(process: subprocess.Popen[bytes]) -> bool:
+    """TERM, patience, KILL for the daemon and all below it; whether none is left."""
+    family = [process.pid, *process_tree.descendants(process.pid)]
+    process_tree.send([process.pid], signal.SIGTERM)
+    deadline = time.monotonic() + STOP_PATIENCE_S
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process_tree.end_all(lambda: [pid for pid in family if process_tree.is_alive(pid)], 1.0)
+
+
 def _runtime_folder(node: NodeFacts) -> Path:
     """A private folder with a short path, named after job, attempt and node: all nodes may share one machine."""
     base = next((folder for folder in RUNTIME_FOLDERS if os.access(str(folder), os.W_OK | os.X_OK)), Path("/tmp"))
-    folder = base / f"cpm-{os.getuid()}-{node.job_id}.{node.attempt}-{node.name}"
-    shutil.rmtree(str(folder), ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    return folder
+    return base / f"cpm-{os.getuid()}-{node.job_id}.{node.attempt}-{node.name}"
 
 
 def _take_data_root(plan: LaunchPlan, node: NodeFacts) -> tuple[IO[str], Path]:

@@ -72,6 +72,8 @@ def command(
     """Submit the job file JOB, and follow it until it ends."""
     if dry_run + (export is not None) + (explain is not None) + detach > 1:
         raise click.UsageError("--dry-run, --export, --explain and --detach exclude each other")
+    if rehearsing and (export is not None or explain is not None or detach):
+        raise click.UsageError("--rehearse goes with --dry-run alone: a rehearsal is watched to its end")
     job = _found(job)
     if rehearsing:
         return _rehearse(job, overrides, runs_dir, as_json, dry_run)
