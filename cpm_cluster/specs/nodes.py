@@ -181,11 +181,25 @@ def _check_depth(text: str, source: _Source) -> None:
     """
     if sum(map(text.count, "[{-?:")) < 1000:
         return
+    try:
+        mark = _too_deep_at(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        if "nesting depth" not in str(error.problem):
+            return  # reported when it is read
+        # libyaml since PyYAML 6.0.4 has a limit of its own, and looks ahead to it before it says where ours is passed
+        mark = _too_deep_at(text, yaml.SafeLoader)
+    if mark is not None:
+        raise _Unusable(source.of(mark), "", TOO_DEEP)
+
+
+def _too_deep_at(text: str, loader: Any) -> Any:
+    """The mark of the first thing that is nested too deeply; None where nothing is."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise _Unusable(source.of(event.start_mark), "", TOO_DEEP)
+            return event.start_mark
+    return None
 
 
 TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels; no file of this kind is"
