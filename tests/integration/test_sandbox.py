@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -270,8 +271,14 @@ def test_up_mends_what_was_killed_cut_and_drained(cluster: Sandbox) -> None:
 
 
 def test_status_is_the_same_for_people_and_programs(cluster: Sandbox) -> None:
+    argv = [str(Path(sys.executable).parent / "cpm"), "sandbox", "status", "--json"]
     found = json.loads(
-        subprocess.run(["cpm", "sandbox", "status", "--json"], capture_output=True, check=True, text=True).stdout
+        subprocess.run(
+        subprocess.run(argv, capture_output=True, check=True, text=True).stdout
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
     )
     assert found["up"] is True
     assert {node["name"]: node["state"] for node in found["nodes"]} == node_states(cluster)
