@@ -272,14 +272,7 @@ def test_up_mends_what_was_killed_cut_and_drained(cluster: Sandbox) -> None:
 
 def test_status_is_the_same_for_people_and_programs(cluster: Sandbox) -> None:
     argv = [str(Path(sys.executable).parent / "cpm"), "sandbox", "status", "--json"]
-    found = json.loads(
-        subprocess.run(
-        subprocess.run(argv, capture_output=True, check=True, text=True).stdout
-            capture_output=True,
-            check=True,
-            text=True,
-        ).stdout
-    )
+    found = json.loads(subprocess.run(argv, capture_output=True, check=True, text=True).stdout)
     assert found["up"] is True
     assert {node["name"]: node["state"] for node in found["nodes"]} == node_states(cluster)
     assert [partition["name"] for partition in found["partitions"]] == ["gpu1", "preempt"]
