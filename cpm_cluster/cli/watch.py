@@ -7,15 +7,33 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cpm_cluster.diagnosis.diagnose import diagnose
+from cpm_cluster.diagnosis.retry import read_endings
+from cpm_cluster.diagnosis.scheduler_says import as_the_scheduler_says, leaves_open
 from cpm_cluster.diagnosis.verdict import Verdict
-from cpm_cluster.runs.records import read_json, write_json
-from cpm_cluster.runs.run import Run, read_submission
+from cpm_cluster.runs.job_end import JobEnd, record_job_end, recorded_job_end
+from cpm_cluster.runs.records import read_events, read_json, write_json
+from cpm_cluster.runs.run import Run, Submission, read_submission
 from cpm_cluster.runs.state import State, read_state
-from cpm_cluster.schedulers import SchedulerError, open_scheduler
+from cpm_cluster.runs.telemetry import run_telemetry
+from cpm_cluster.schedulers import IsAlive, SchedulerError, open_scheduler
 
 
-def current_state(run: Run) -> State:
-    """What has become of a run.
+class Look:
+    """One look at the schedulers, for any number of runs."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, IsAlive] = {}
+
+    def is_alive(self, run: Run, submission: Submission) -> bool:
+        """What the scheduler of a run says; each is looked at once, when its first run is asked about."""
+        name = submission.scheduler
+        if name not in self._taken:
+            self._taken[name] = open_scheduler(name).look()
+        return self._taken[name](run, submission)
+
+
+def current_state(run: Run, look: Look | None = None) -> State:
+    """What has become of a run; `look` is shared between runs that are asked about together.
 
     Raises:
         SchedulerError: its end is not recorded, and only another machine knows whether it goes on.
@@ -25,7 +43,7 @@ def current_state(run: Run) -> State:
         return read_state(run, alive=False)
     scheduler = open_scheduler(submission.scheduler)
     try:
-        alive = scheduler.is_alive(run, submission)
+        alive = (look or scheduler).is_alive(run, submission)
     except SchedulerError:
         recorded = read_state(run, alive=False)
         if recorded.name == "lost":
@@ -38,21 +56,42 @@ def current_state(run: Run) -> State:
 def settle(run: Run, state: State) -> Verdict | None:
     """The verdict on a run that has ended, recorded in it unless it is somebody else's to write to."""
     verdict = diagnose(run, state)
+    if verdict is not None and leaves_open(verdict) and (end := _job_end(run, state)):
+        verdict = as_the_scheduler_says(verdict, end)
     if verdict is not None and read_json(run.files.verdict) != (recorded := _plain(verdict)):
         with contextlib.suppress(OSError):
             write_json(run.files.verdict, recorded)
     return verdict
 
 
+def _job_end(run: Run, state: State) -> JobEnd | None:
+    """How the scheduler says that the job ended; kept in the run, since it forgets."""
+    submission = read_submission(run)
+    if submission is None:
+        return None
+    known = recorded_job_end(run, state.attempt, submission.job_id)
+    if known is None and (known := open_scheduler(submission.scheduler).ended_as(run, submission)):
+        with contextlib.suppress(OSError):
+            record_job_end(run, state.attempt, known)
+    return known
+
+
 def as_data(run: Run, state: State, verdict: Verdict | None = None) -> dict[str, Any]:
-    """A run as --json shows it."""
+    """A run as --json shows it.
+
+    `endings` are those of attempts on Slurm; `telemetry` (see `runs/telemetry.py`) is there once an agent has taken a
+    sample.
+    """
     fields = asdict(state)
+    telemetry = run_telemetry(run.files.root / "telemetry")
     return {
         "run": run.id,
         "run_dir": str(run.files.root),
         "state": fields.pop("name"),
         **fields,
+        "endings": [asdict(ending) for ending in read_endings(read_events(run.files.root / "events"))],
         "verdict": _plain(verdict) if verdict else None,
+        **({"telemetry": telemetry} if telemetry else {}),
     }
 
 

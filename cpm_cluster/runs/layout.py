@@ -96,6 +96,10 @@ class RunLayout:
         """One file for each writer: nobody appends to another's."""
         return self.root / "events" / f"{writer}.jsonl"
 
+    def telemetry(self, node: str) -> Path:
+        """What the agent of a node measured while the ranks ran, a line a sample: see `telemetry.py`."""
+        return self.root / "telemetry" / f"{node}.jsonl"
+
     def exit_record(self, node: str) -> Path:
         """How the newest attempt ended on a node."""
         return self.root / "exit" / f"{node}.json"
