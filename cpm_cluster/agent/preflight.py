@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator, Mapping
 
+from cpm_cluster.agent.rootless_docker import data_root_base
 from cpm_cluster.agent.surroundings import NodeError
 from cpm_cluster.launch.plan import LaunchPlan, NodeFacts
 
@@ -22,6 +23,7 @@ LEAST_FREE_BYTES = 1 << 30
 # docker keeps the archive's layers unpacked beside what it reads
 UNPACKED_PER_ARCHIVE = 2.5
 MOST_CLOCK_SKEW_S = 5.0
+NVIDIA_SMI_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,17 @@ def refuse(node: NodeFacts, findings: list[Finding]) -> None:
     """Raise NodeError where a finding is fatal."""
     fatal = [finding.text for finding in findings if finding.fatal]
     if fatal:
-        raise NodeError(f"{node.name} cannot run this job: " + "; ".join(fatal))
+        raise NodeError(f"{node.name} cannot run this job: " + "; ".join(fatal), [node.name])
 
 
 def _foreign_processes(plan: LaunchPlan, node: NodeFacts) -> Iterator[Finding]:
     """GPUs of this step that somebody else's process is on."""
-    if not plan.gpus_per_node:
+    if not node.gpu_uuids:
         return
-    for line in _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name"):
+    lines = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name")
+    if lines is None:
+        yield Finding("gpus", False, "nvidia-smi fails or does not answer: whether its GPUs are free is not known")
+    for line in lines or ():
         uuid, pid, name = (part.strip() for part in (line.split(",", 2) + ["", ""])[:3])
         if uuid in node.gpu_uuids:
             yield Finding("gpus", True, f"process {pid} ({name}) is on GPU {uuid} already; tell the admin")
@@ -61,8 +66,8 @@ def _driver(plan: LaunchPlan) -> Iterator[Finding]:
     wanted = plan.container.min_driver if plan.container else None
     if not plan.gpus_per_node or not wanted:
         return
-    found = next(iter(_nvidia_smi("--query-gpu=driver_version")), "")
-    if found and _numbers(found) < _numbers(wanted):
+    found = next(iter(_nvidia_smi("--query-gpu=driver_version") or ()), "").strip()
+    if _numbers(found) and _numbers(found) < _numbers(wanted):
         yield Finding("driver", True, f"its NVIDIA driver is {found}, the image needs {wanted} or newer")
 
 
@@ -82,25 +87,30 @@ def _memlock(plan: LaunchPlan) -> Iterator[Finding]:
 
 def _shared_memory(plan: LaunchPlan) -> Iterator[Finding]:
     """Room in /dev/shm, where no container brings its own."""
-    if plan.container is not None and plan.container.shm_bytes is not None:
+    if not plan.gpus_per_node or (plan.container is not None and plan.container.shm_bytes is not None):
         return
     free = shutil.disk_usage("/dev/shm").free
-    if plan.gpus_per_node and free < LEAST_FREE_BYTES:
+    if free < LEAST_FREE_BYTES:
         yield Finding("shm", True, f"/dev/shm has {free >> 20} MiB free; NCCL needs about a GiB")
 
 
 def _disk(plan: LaunchPlan) -> Iterator[Finding]:
-    """Room for the image where it is loaded, and for checkpoints where they are written."""
+    """Room for checkpoints where they are written, and for the image where a daemon of the job's own keeps it."""
     free = shutil.disk_usage(plan.run_dir).free
     if free < LEAST_FREE_BYTES:
         yield Finding("disk", True, f"{plan.run_dir} has {free >> 20} MiB free; there is no room for a checkpoint")
     archive = plan.container.archive if plan.container else None
-    data_root = Path((plan.data_root or "/var/tmp").split("{")[0])
-    if archive is None or archive.bytes is None or not data_root.is_dir():
+    if archive is None or archive.bytes is None or plan.runtime != "docker-rootless":
         return
+    data_root = _existing(data_root_base(plan))
     room = shutil.disk_usage(str(data_root)).free
     if room < UNPACKED_PER_ARCHIVE * archive.bytes:
         yield Finding("disk", False, f"{data_root} has {room >> 20} MiB free, little for an image of this size")
+
+
+def _existing(path: Path) -> Path:
+    """A folder, or the nearest above it that is there already."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _time_left(plan: LaunchPlan, environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -117,13 +127,21 @@ def clock(skew_s: float) -> list[Finding]:
     return [Finding("clock", False, f"its clock is {skew_s:+.0f} s off node 0's; logs will not merge by time")]
 
 
-def _nvidia_smi(query: str) -> list[str]:
+def _nvidia_smi(query: str) -> list[str] | None:
+    """The lines that it prints; None where it fails.
+
+    A driver that has lost a GPU may keep it in the kernel, where no signal ends it: it is not waited for then.
+    """
     argv = ["nvidia-smi", query, "--format=csv,noheader"]
     try:
-        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.decode("utf-8", "replace").splitlines() if done.returncode == 0 else []
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        output, _ = process.communicate(timeout=NVIDIA_SMI_PATIENCE_S)
+    except OSError:
+        return None
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return None
+    return output.decode("utf-8", "replace").splitlines() if process.returncode == 0 else None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

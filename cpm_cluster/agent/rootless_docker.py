@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,11 @@ RUNTIME_FOLDERS = (Path("/dev/shm"), Path("/tmp"))
 DEFAULT_DATA_ROOT = "/var/tmp/cpm-docker-{uid}"
 MOST_DATA_ROOTS = 16
 START_PATIENCE_S = 60.0
+ANSWER_PATIENCE_S = 10.0
 STOP_PATIENCE_S = 15.0
+# In the daemon's log: its news, the trace of dockerd-rootless.sh, and rootlesskit's word that its child has ended.
+UNTELLING = re.compile(r"\+ |.*level=(?:debug|info|warning)|\[rootlesskit:\w+\s*\] error: .*exited: ")
+TELLING = re.compile(r"level=(?:error|fatal)|[Ee]rror|[Ff]ailed|[Uu]nknown|[Dd]enied|[Cc]annot|not found")
 OPTIONS = ("--exec-opt", "native.cgroupdriver=cgroupfs", "--iptables=false", "--bridge=none")
 
 
@@ -45,14 +50,14 @@ class RootlessDocker:
         """Start the daemon and wait until it answers.
 
         Raises:
-            NodeError: it does not come up in a minute, or is not rootless.
+            NodeError: it does not come up in a minute, is not rootless, or there is no docker to ask it with.
         """
         shutil.rmtree(str(self.folder), ignore_errors=True)
         self.folder.mkdir(mode=0o700)
         self._lock, data_root = _take_data_root(plan, self._node)
         folders = ["--data-root", str(data_root), "--exec-root", f"{self.folder}/x"]
         folders += ["--pidfile", f"{self.folder}/docker.pid"]
-        flags = {"DOCKERD_ROOTLESS_ROOTLESSKIT_FLAGS": f"--state-dir={self.folder}/rootlesskit"}
+        flags = {"DOCKERD_ROOTLESS_ROOTLESSKIT_FLAGS": f"--pidns --state-dir={self.folder}/rootlesskit"}
         environment = {**os.environ, **self.environment, **flags}
         try:
             with open(self._log, "ab") as log:
@@ -94,10 +99,15 @@ class RootlessDocker:
         environment = {**os.environ, **self.environment}
         try:
             done = subprocess.run(
-                argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=START_PATIENCE_S
+                argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=ANSWER_PATIENCE_S
             )
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             return None
+        except OSError as error:
+            raise NodeError(
+                f"docker cannot be run on this node ({error.strerror}): load the site's module for it (runtimes:"
+                " modules in the cluster file), or use another runtime"
+            ) from error
         return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
 
 
@@ -112,15 +122,22 @@ def _end(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _runtime_folder(node: NodeFacts) -> Path:
-    """A private folder with a short path, named after job, attempt and node: all nodes may share one machine."""
+    """A private folder with a short path, named after job, attempt and node: all nodes may share one machine.
+
+    The node's number, not its name, which may be as long as a path to a socket.
+    """
     base = next((folder for folder in RUNTIME_FOLDERS if os.access(str(folder), os.W_OK | os.X_OK)), Path("/tmp"))
-    return base / f"cpm-{os.getuid()}-{node.job_id}.{node.attempt}-{node.name}"
+    return base / f"cpm-{os.getuid()}-{node.job_id}.{node.attempt}-{node.index}"
+
+
+def data_root_base(plan: LaunchPlan) -> Path:
+    """Where the data roots of this user lie on a node."""
+    return Path((plan.data_root or DEFAULT_DATA_ROOT).replace("{uid}", str(os.getuid())))
 
 
 def _take_data_root(plan: LaunchPlan, node: NodeFacts) -> tuple[IO[str], Path]:
     """A data root that no other daemon uses, with the lock that says so."""
-    named = plan.data_root or DEFAULT_DATA_ROOT
-    base = Path(named.replace("{uid}", str(os.getuid()))) / node.name
+    base = data_root_base(plan) / node.name
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
     for number in range(MOST_DATA_ROOTS):
         lock = open(str(base / f"{number}.lock"), "w")  # noqa: SIM115 - held as long as the daemon lives
@@ -136,6 +153,8 @@ def _take_data_root(plan: LaunchPlan, node: NodeFacts) -> tuple[IO[str], Path]:
 
 
 def _last_error(log: Path) -> str:
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    told = [line for line in lines if "level=error" in line or "level=fatal" in line or "rror" in line]
-    return (told or lines or ["it said nothing"])[-1]
+    """The daemon's reason, which rootlesskit's own messages follow."""
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    said = [line for line in lines if not UNTELLING.match(line)]
+    told = [line for line in said if TELLING.search(line)]
+    return (told or said or lines or ["it said nothing"])[-1]

@@ -15,8 +15,11 @@ from cpm_cluster.specs.problems import printable
 from cpm_cluster.specs.values import format_size
 
 
-def as_data(prepared: Prepared) -> dict[str, Any]:
-    """Everything, for programs. `node_argv` has names such as $NODE_RANK where only the node knows the value."""
+def as_data(prepared: Prepared, expected_start: str = "") -> dict[str, Any]:
+    """Everything, for programs. `node_argv` has names such as $NODE_RANK where only the node knows the value.
+
+    `expected_start` is what the scheduler says of it, empty where there is none to ask.
+    """
     plan = prepared.plan
     return {
         "plan": json.loads(plan.to_json()),
@@ -26,20 +29,23 @@ def as_data(prepared: Prepared) -> dict[str, Any]:
         "agent_argv": agent_argv(plan),
         "node_argv": run_argv(plan, SYMBOLIC_NODE),
         "by_hand": by_hand(plan),
+        "expected_start": expected_start or None,
     }
 
 
-def as_text(prepared: Prepared) -> str:
+def as_text(prepared: Prepared, expected_start: str = "") -> str:
     """The same, for people."""
-    return "\n".join(_lines(prepared)) + "\n"
+    return "\n".join(_lines(prepared, expected_start)) + "\n"
 
 
-def _lines(prepared: Prepared) -> Iterator[str]:
+def _lines(prepared: Prepared, expected_start: str) -> Iterator[str]:
     spec, plan = prepared.spec, prepared.plan
     ranks = spec.resources.world_size
     gpus = f"{plan.nodes * plan.gpus_per_node} GPUs" if plan.gpus_per_node else "CPUs only"
     yield f"{plan.job_name} on {spec.cluster_name}: {plan.nodes} node(s), {gpus}, {ranks} rank(s), {plan.runtime}"
     yield f"run directory: {plan.run_dir} (not made by a dry run)"
+    if expected_start:
+        yield expected_start
     for warning in plan.warnings:
         yield f"warning: {printable(warning)}"
     yield from _section("Does it fit?", (_demand(demand) for demand in prepared.fit.demands))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,21 +23,23 @@ from cpm_cluster.agent.process_tree import RUN_VARIABLE, carries, end_all, end_w
 from cpm_cluster.agent.surroundings import next_attempt
 from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.launch.sbatch import agent_argv
+from cpm_cluster.runs.job_end import JobEnd
 from cpm_cluster.runs.records import read_events
 from cpm_cluster.runs.run import Run, RunError, Submission, open_run, read_submission, write_submission
-from cpm_cluster.schedulers import SchedulerError
+from cpm_cluster.schedulers import IsAlive, SchedulerError
 
 NO_LIMIT_MIN = 366 * 24 * 60
 # The agent gives the ranks 25 s for their checkpoint.
 GRACE_OF_CANCEL_S = 40.0
 GRACE_WITHOUT_AGENT_S = 1.0
+_CARRIED = f"{RUN_VARIABLE}=".encode()
 TRAINER_NEEDS = ("torch", "numpy", "tensorboardX")
 
 
 class Scheduler:
     """See `schedulers.Scheduler`."""
 
-    def require(self, plan: LaunchPlan) -> None:
+    def require(self, plan: LaunchPlan) -> str:
         """Linux, and what the trainer imports where it runs with this very Python."""
         if sys.platform != "linux":
             raise SchedulerError("local runs need Linux (prctl and /proc); use a Slurm cluster, or --dry-run")
@@ -50,6 +52,7 @@ class Scheduler:
         for path in _files_read(plan.trainer or {}):
             if not os.access(path, os.R_OK):
                 raise RunError(f"the job names {path}, which is not there or cannot be read")
+        return ""
 
     def submit(self, run: Run) -> Submission:
         """Start submitit's controller, which outlives this process and its terminal."""
@@ -73,13 +76,16 @@ class Scheduler:
 
     def is_alive(self, run: Run, submission: Submission) -> bool:
         """Whether a process of the run is left. Of another user's processes only submitit's controller can be told."""
-        if submission.host != platform.node():
-            raise SchedulerError(f"{run.id} was started on {submission.host}; ask there")
-        if _is_controller(int(submission.job_id), run) or processes_of_run(run.id):
-            return True
-        if os.geteuid() not in (0, run.files.root.stat().st_uid):
-            raise SchedulerError(f"{run.id} belongs to another user; only they and root see its processes")
-        return False
+        return _is_alive(run, submission, {run.id} if processes_of_run(run.id) else set())
+
+    def look(self) -> IsAlive:
+        """One pass over /proc."""
+        living = _living_runs()
+        return lambda run, submission: _is_alive(run, submission, living)
+
+    def ended_as(self, run: Run, submission: Submission) -> JobEnd | None:
+        """This machine keeps no record of processes that have ended."""
+        return None
 
     def waiting_for(self, run: Run, submission: Submission) -> str:
         """Nothing waits here."""
@@ -100,6 +106,29 @@ class Scheduler:
             time.sleep(0.1)
         if not end_all(lambda: processes_of_run(run.id), GRACE_WITHOUT_AGENT_S):
             raise SchedulerError(f"processes {processes_of_run(run.id)} of {run.id} do not end, even when killed")
+
+
+def _is_alive(run: Run, submission: Submission, living: Collection[str]) -> bool:
+    """`living` are the runs that a process of this user belongs to."""
+    if submission.host != platform.node():
+        raise SchedulerError(f"{run.id} was started on {submission.host}; ask there")
+    if _is_controller(int(submission.job_id), run) or run.id in living:
+        return True
+    if os.geteuid() not in (0, run.files.root.stat().st_uid):
+        raise SchedulerError(f"{run.id} belongs to another user; only they and root see its processes")
+    return False
+
+
+def _living_runs() -> set[str]:
+    """The ids that processes of this user, other than this one, carry in their environment."""
+    found: set[str] = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0") if folder.name != str(os.getpid()) else []
+        except OSError:
+            continue
+        found |= {os.fsdecode(variable[len(_CARRIED) :]) for variable in variables if variable.startswith(_CARRIED)}
+    return found
 
 
 @contextmanager

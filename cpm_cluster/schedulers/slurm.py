@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+import pwd
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 
-from cpm_cluster.agent.surroundings import next_attempt
-from cpm_cluster.launch.plan import LaunchPlan
+from cpm_cluster.agent.surroundings import newest_attempt, next_attempt
+from cpm_cluster.launch.plan import EXIT_STOPPED, LaunchPlan
 from cpm_cluster.launch.sbatch import batch_script
+from cpm_cluster.runs.job_end import JobEnd, recorded_job_end
 from cpm_cluster.runs.run import Run, Submission, write_submission
 from cpm_cluster.runs.state import exit_records
-from cpm_cluster.schedulers import SchedulerError
+from cpm_cluster.schedulers import IsAlive, SchedulerError
+from cpm_cluster.schedulers.slurm_accounting import AccountedJob, accounted_jobs
 from cpm_cluster.schedulers.slurm_queue import NodeGroup, QueuedJob, client_environment, node_groups, queued_jobs
 
 WITHOUT_SBATCH = """\
@@ -38,6 +40,9 @@ REFUSALS = (
     (r"time limit", "time_limit"),
     (r"[Nn]ode count|node configuration", "resources (nodes, GPUs, CPUs or memory of a node)"),
 )
+# sbatch --test-only: `Job 58 to start at 2026-11-25T14:15:15 using 1 processors on nodes g2001 in partition gpu1`.
+EXPECTED_START = re.compile(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?: using .*? on nodes? (?P<nodes>\S+))?")
+AT_ONCE_S = 60
 SECONDS_BETWEEN_QUESTIONS = 2.0
 # KillWait is 30 s on most sites, and the epilog comes after it.
 PATIENCE_OF_CANCEL_S = 120.0
@@ -46,8 +51,8 @@ PATIENCE_OF_CANCEL_S = 120.0
 class Scheduler:
     """See `schedulers.Scheduler`."""
 
-    def require(self, plan: LaunchPlan) -> None:
-        """sbatch is here, the partition has what the plan asks for, and slurmctld would take the script."""
+    def require(self, plan: LaunchPlan) -> str:
+        """sbatch is here, the partition has what the plan asks for, and slurmctld would take the script, and when."""
         if shutil.which("sbatch") is None:
             raise SchedulerError(WITHOUT_SBATCH)
         partition = next((s.value for s in plan.batch if s.name == "partition"), None)
@@ -55,7 +60,7 @@ class Scheduler:
             obstacles = list(_obstacles(plan, partition, node_groups(partition)))
             if obstacles:
                 raise SchedulerError("this job could never start:\n  " + "\n  ".join(obstacles))
-        _test_only(plan)
+        return _expected_start(_test_only(plan))
 
     def submit(self, run: Run) -> Submission:
         """sbatch, through submitit."""
@@ -65,23 +70,55 @@ class Scheduler:
         job_id = submit_script(run.files.script, run.files.root / "submitit", client_environment())
         submission = Submission("slurm", job_id, platform.node(), attempt)
         write_submission(run, submission)
+        _answers.clear()  # squeue's last answer does not have it yet
         return submission
 
     def is_alive(self, run: Run, submission: Submission) -> bool:
         """Whether Slurm waits with the job, runs it, or will start it again.
 
-        While slurmctld is away, a job without an exit record of every node counts as alive: jobs outlive slurmctld.
+        Raises:
+            SchedulerError: it is another user's, this site hides those, and accounting does not know it either.
         """
+        owner = _owner(run)
         try:
-            job = _ask().get(submission.job_id)
+            job = _ask(owner).get(submission.job_id)
         except SchedulerError:
-            return len(exit_records(run, submission.attempt)) < run.plan.nodes
-        return job is not None and job.is_alive
+            return _may_go_on(run, submission)
+        if job is not None or os.getuid() in (0, owner):
+            return job is not None and job.is_alive
+        accounted = _newest(submission.job_id, owner)
+        if accounted is None:
+            raise SchedulerError(f"{run.id} belongs to {_user(owner)}, and Slurm shows you no job {submission.job_id}")
+        return not accounted.has_ended
+
+    def look(self) -> IsAlive:
+        """One answer of squeue serves whatever is asked within two seconds."""
+        return self.is_alive
+
+    def ended_as(self, run: Run, submission: Submission) -> JobEnd | None:
+        """squeue's word while it knows the job, with what accounting adds to it; later that of accounting alone."""
+        job_id, owner = submission.job_id, _owner(run)
+        try:
+            queued = _ask(owner).get(job_id)
+        except SchedulerError:
+            queued = None
+        if queued is not None and queued.is_alive:
+            return None
+        accounted = _newest(job_id, owner)
+        # slurmdbd learns late; until then its newest incarnation may be an earlier one
+        if accounted is not None and accounted.has_ended and (queued is None or accounted.state == queued.ended_as):
+            who = "" if accounted.cancelled_by is None else _user(accounted.cancelled_by)
+            said_by = f"sacct --jobs={job_id}"
+            return JobEnd(job_id, accounted.word, said_by, _row(accounted), accounted.nodes, who)
+        if queued is None:
+            return None
+        row = " ".join(filter(None, [queued.ended_as, f"({queued.reason})" if queued.reason else "", queued.nodes]))
+        return JobEnd(job_id, queued.ended_as, f"squeue --jobs={job_id}", row, queued.nodes)
 
     def waiting_for(self, run: Run, submission: Submission) -> str:
         """Slurm's reason, and when it expects to start the job."""
         try:
-            job = _ask().get(submission.job_id)
+            job = _ask(_owner(run)).get(submission.job_id)
         except SchedulerError as error:
             return str(error)
         return _reason(job) if job is not None and job.is_waiting else ""
@@ -91,8 +128,13 @@ class Scheduler:
         _scancel("--signal=USR2", submission.job_id)
 
     def cancel(self, run: Run, submission: Submission) -> None:
-        """scancel, and wait until Slurm has let go of the job."""
-        _scancel(submission.job_id)
+        """scancel, and wait until Slurm has let go of the job; one that it has let go of already is no error."""
+        try:
+            _scancel(submission.job_id)
+        except SchedulerError:
+            if self.is_alive(run, submission):
+                raise
+            return
         deadline = time.monotonic() + PATIENCE_OF_CANCEL_S
         while self.is_alive(run, submission):
             if time.monotonic() > deadline:
@@ -107,14 +149,54 @@ def _scancel(*arguments: str) -> None:
         raise SchedulerError(f"{' '.join(argv)}: {done.stderr.strip()}")
 
 
-def _ask() -> dict[str, QueuedJob]:
-    """This user's jobs; one call of squeue serves all runs that are looked at within two seconds."""
-    return _asked_at(int(time.monotonic() / SECONDS_BETWEEN_QUESTIONS))
+# The last answer of squeue about each user's jobs, and when it came: one call serves all runs that are looked at then.
+_answers: dict[int, tuple[float, dict[str, QueuedJob] | SchedulerError]] = {}
 
 
-@lru_cache(maxsize=1)
-def _asked_at(moment: int) -> dict[str, QueuedJob]:
-    return queued_jobs(os.getuid())
+def _ask(user: int) -> dict[str, QueuedJob]:
+    """The jobs of a user; raises SchedulerError as `queued_jobs` does, at once where it did so just now."""
+    at, answer = _answers.get(user, (0.0, None))
+    if answer is None or time.monotonic() - at > SECONDS_BETWEEN_QUESTIONS:
+        try:
+            answer = queued_jobs(user)
+        except SchedulerError as error:
+            answer = error
+        _answers[user] = (time.monotonic(), answer)
+    if isinstance(answer, SchedulerError):
+        raise answer
+    return answer
+
+
+def _may_go_on(run: Run, submission: Submission) -> bool:
+    """While slurmctld is away: jobs outlive it, so only the records of all nodes tell an end, if nothing follows it."""
+    attempt = max(submission.attempt, newest_attempt(run.files))
+    if recorded_job_end(run, attempt, submission.job_id) is not None:
+        return False
+    exits = exit_records(run, attempt)
+    return len(exits) < run.plan.nodes or any(record["exit_code"] == EXIT_STOPPED for record in exits)
+
+
+def _newest(job_id: str, user: int) -> AccountedJob | None:
+    incarnations = accounted_jobs([job_id], user).get(job_id)
+    return incarnations[-1] if incarnations else None
+
+
+def _row(job: AccountedJob) -> str:
+    """What accounting says, with the steps that ended otherwise than well."""
+    steps = [f"step {s.step} {s.state} {s.exit_code}:{s.signal}" for s in job.steps if s.state != "COMPLETED"]
+    return "; ".join([job.row, *steps])
+
+
+def _owner(run: Run) -> int:
+    """Whose job it is: the run directory is its owner's."""
+    return run.files.root.stat().st_uid
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def _reason(job: QueuedJob) -> str:
@@ -148,13 +230,23 @@ def _memory_obstacle(plan: LaunchPlan, partition: str, groups: list[NodeGroup]) 
         yield f"resources.memory_per_node: {asked[:-1]} MiB, but a node of {partition} has {most} MiB"
 
 
-def _test_only(plan: LaunchPlan) -> None:
-    """sbatch --test-only: slurmctld's own word, without a job."""
+def _test_only(plan: LaunchPlan) -> str:
+    """What sbatch --test-only says: slurmctld's own word, without a job; raises SchedulerError where it refuses."""
     argv = ["sbatch", "--test-only"]
     script = batch_script(plan)
     done = subprocess.run(argv, input=script, capture_output=True, text=True, env=client_environment())
-    if done.returncode == 0:
-        return
     said = " ".join(done.stderr.split())
+    if done.returncode == 0:
+        return said
     key = next((key for pattern, key in REFUSALS if re.search(pattern, said)), None)
     raise SchedulerError(f"Slurm refuses this job: {said}" + (f"\n  the key to change: {key}" if key else ""))
+
+
+def _expected_start(said: str) -> str:
+    """A sentence from what --test-only says; empty where it says no time."""
+    found = EXPECTED_START.search(said)
+    if found is None:
+        return ""
+    start = time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
+    when = "at once" if start - time.time() < AT_ONCE_S else f"at {time.strftime('%F %H:%M', time.localtime(start))}"
+    return f"Slurm expects to start it {when}" + (f", on {found['nodes']}" if found["nodes"] else "")

@@ -40,6 +40,11 @@ class QueuedJob:
         return bool(self.states - ENDED) or not self.states
 
     @property
+    def ended_as(self) -> str:
+        """Slurm's word for how it ended, such as TIMEOUT; empty while it is alive."""
+        return "" if self.is_alive else min(self.states)
+
+    @property
     def is_waiting(self) -> bool:
         return bool(self.states & {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 
@@ -61,7 +66,7 @@ def queued_jobs(user: int) -> dict[str, QueuedJob]:
     """All jobs of a user that Slurm still knows, by id.
 
     Raises:
-        SchedulerError: slurmctld does not answer.
+        SchedulerError: slurmctld does not answer, or squeue is not there.
     """
     output = _ask(["squeue", "--json", f"--user={user}", "--states=all"])
     if output.lstrip().startswith("{"):
@@ -72,8 +77,20 @@ def queued_jobs(user: int) -> dict[str, QueuedJob]:
 
 
 def parse_squeue_json(text: str) -> dict[str, QueuedJob]:
-    """Jobs in the output of `squeue --json`, of whatever data_parser version."""
-    jobs = (_job(raw) for raw in json.loads(text).get("jobs", []))
+    """Jobs in the output of `squeue --json`, of whatever data_parser version.
+
+    Raises:
+        SchedulerError: it is torn, or tells errors. Slurm 22.05 does that, with no jobs and exit code 0, while
+            slurmctld is away: no job may be taken for lost then.
+    """
+    try:
+        answer = json.loads(text)
+    except ValueError as error:
+        raise SchedulerError(f"what squeue --json says cannot be read: {error}") from error
+    if answer.get("errors"):
+        told = "; ".join(str(error.get("description") or error.get("error")) for error in answer["errors"])
+        raise SchedulerError(f"Slurm does not answer: squeue: {told}")
+    jobs = (_job(raw) for raw in answer.get("jobs", []))
     return {job.job_id: job for job in jobs}
 
 
@@ -164,10 +181,10 @@ def _ask(argv: list[str]) -> str:
     except OSError as error:
         raise SchedulerError(f"{argv[0]} cannot be run: {error.strerror}") from error
     errors = done.stderr.decode("utf-8", "replace").strip()
-    if done.returncode != 0 and "--json" not in argv:
-        raise SchedulerError(f"{argv[0]}: {errors or f'exit code {done.returncode}'}")
     if done.returncode != 0 and "contact" in errors:
         raise SchedulerError(f"Slurm does not answer: {errors}")
+    if done.returncode != 0 and "--json" not in argv:
+        raise SchedulerError(f"{argv[0]}: {errors or f'exit code {done.returncode}'}")
     return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""
 
 
@@ -176,5 +193,5 @@ def client_environment() -> dict[str, str]:
 
     SBATCH_* and SQUEUE_* override what a script says (man sbatch, INPUT ENVIRONMENT VARIABLES).
     """
-    misleading = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "CPM_")
+    misleading = ("SLURM_", "SBATCH_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_", "CPM_")
     return {k: v for k, v in os.environ.items() if k == "SLURM_CONF" or not k.startswith(misleading)}

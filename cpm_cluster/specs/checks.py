@@ -34,8 +34,9 @@ OWN_SBATCH_OPTIONS = {  # and the key of the job file that means it, where there
     **dict.fromkeys(("gres", "gpus", "gpus-per-node", "gpus-per-task"), "resources.gpus_per_node"),
     **{name: f"slurm.{name}" for name in "partition nodelist exclude account qos reservation constraint".split()},
     **dict.fromkeys(
-        "ntasks mem-per-cpu exclusive requeue no-requeue open-mode output error export array wrap parsable chdir"
-        " test-only wait dependency".split(),
+        "ntasks tasks-per-node ntasks-per-gpu gpus-per-socket mem-per-cpu mem-per-gpu"
+        " exclusive requeue no-requeue open-mode output error export propagate array wrap parsable chdir test-only wait"
+        " dependency clusters quiet".split(),
         "",
     ),
 }
@@ -373,9 +374,12 @@ def _owner(variable: str) -> str | None:
 @_reads()
 def _slurm_extra(spec: JobSpec) -> Iterator[Finding]:
     for name in spec.slurm.extra:
-        if name in OWN_SBATCH_OPTIONS:
-            key = OWN_SBATCH_OPTIONS[name]
-            yield f"slurm.extra.{name}", f"is decided by cpm-cluster; {f'write {key} instead' if key else 'remove it'}"
+        # sbatch takes the beginning of an option for the option (getopt_long(3)); an exact name comes first
+        meant = sorted(own for own in OWN_SBATCH_OPTIONS if own.startswith(name))[:1]
+        for own in meant:
+            what = "is" if own == name else f"is short for --{own}, which is"
+            instead = f"write {OWN_SBATCH_OPTIONS[own]} instead" if OWN_SBATCH_OPTIONS[own] else "remove it"
+            yield f"slurm.extra.{name}", f"{what} decided by cpm-cluster; {instead}"
 
 
 @_reads("model", "engine", "method")

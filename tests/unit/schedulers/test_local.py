@@ -87,6 +87,19 @@ def test_the_controller_of_a_run_is_known_by_its_command_line(made_run):
     assert not scheduler.is_alive(run, submission)
 
 
+def test_one_look_at_this_machine_tells_of_any_number_of_runs(made_run, monkeypatch):
+    living, ended = made_run(new_run_id("living")).run, made_run(new_run_id("ended")).run
+    submission = Submission("local", str(1 << 22), platform.node())
+    environment = {"PATH": os.environ["PATH"], "CPM_RUN_ID": living.id}
+    with subprocess.Popen(["sleep", "60"], env=environment) as process:
+        look = open_scheduler("local").look()
+        process.kill()
+    monkeypatch.setattr(local, "processes_of_run", None)  # looked at /proc again
+    assert look(living, submission) and not look(ended, submission)
+    with pytest.raises(SchedulerError, match="ask there"):
+        look(ended, Submission("local", "1", "other-host"))
+
+
 def test_a_run_inherits_the_shell_but_not_the_place_of_a_job_around_it():
     shell = {"PATH": "/bin", "HOME": "/h", "CPM_RUNS_DIR": "/r", "CUDA_HOME": "/c"}
     around = {"SLURM_NODEID": "1", "SLURMD_NODENAME": "x", "SUBMITIT_EXECUTOR": "slurm", "CPM_MASTER_ADDR": "y"}

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from cpm_cluster.schedulers import SchedulerError
 from cpm_cluster.schedulers.slurm_queue import (
     TEXT_FORMAT,
     _node_group,
@@ -39,6 +40,26 @@ def test_a_job_that_has_ended_is_not_alive(state):
 
 def test_a_job_that_is_still_cleaning_up_is_alive():
     assert job(job_state=["CANCELLED", "COMPLETING"]).is_alive
+
+
+@pytest.mark.parametrize(
+    ("states", "word"),
+    [(["TIMEOUT"], "TIMEOUT"), ("CANCELLED", "CANCELLED"), ("CANCELLED COMPLETING", ""), (["RUNNING"], "")],
+)
+def test_the_word_for_how_a_job_ended(states, word):
+    assert job(job_state=states).ended_as == word
+
+
+def test_an_answer_that_tells_errors_is_no_list_of_jobs():
+    """Slurm 22.05 answers like this, with exit code 0, while slurmctld is away."""
+    errors = [{"description": "Failed while looking for jobs", "error_number": -1, "error": "Unspecified error"}]
+    with pytest.raises(SchedulerError, match="Slurm does not answer: squeue: Failed while looking for jobs"):
+        parse_squeue_json(json.dumps({"errors": errors, "jobs": []}))
+
+
+def test_nor_is_one_that_is_torn():
+    with pytest.raises(SchedulerError, match="what squeue --json says cannot be read"):
+        parse_squeue_json('{"jobs": [{"job_id": 7, "job_st')
 
 
 def test_a_requeued_job_waits():
