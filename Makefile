@@ -24,7 +24,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/vermin -t=3.8- --no-tips --quiet cpm_cluster/agent cpm_cluster/training cpm_cluster/launch/plan.py \
-	    cpm_cluster/launch/program.py cpm_cluster/launch/runtimes cpm_cluster/runs/layout.py cpm_cluster/runs/records.py
+	    cpm_cluster/launch/program.py cpm_cluster/launch/runtimes cpm_cluster/diagnosis cpm_cluster/specs/problems.py \
+	    cpm_cluster/runs/layout.py cpm_cluster/runs/records.py cpm_cluster/runs/run.py cpm_cluster/runs/state.py \
+	    cpm_cluster/runs/telemetry.py
 
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/cold_start.py

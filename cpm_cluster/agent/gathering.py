@@ -10,7 +10,7 @@ import json
 import socket
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Sequence
 
 from cpm_cluster.agent.surroundings import NodeError
 from cpm_cluster.launch.plan import LaunchPlan, NodeFacts
@@ -28,8 +28,14 @@ class Gathered:
     clock_skew_s: float
 
 
-def gather(plan: LaunchPlan, node: NodeFacts, patience_s: float = PATIENCE_S) -> Gathered:
+def gather(plan: LaunchPlan, node: NodeFacts, names: Sequence[str], patience_s: float = PATIENCE_S) -> Gathered:
     """Meet the other nodes; collective over the nodes of a run.
+
+    Args:
+        plan: of the run.
+        node: this one.
+        names: of all nodes in the order of their numbers, to say who is missing.
+        patience_s: how long to wait for the last of them.
 
     Raises:
         NodeError: a node does not come, node 0 cannot be reached, or no port is free.
@@ -37,7 +43,7 @@ def gather(plan: LaunchPlan, node: NodeFacts, patience_s: float = PATIENCE_S) ->
     if plan.nodes == 1:
         with _listen(node.master_address, int(node.master_port)) as door:
             return Gathered(int(door.getsockname()[1]), 0.0)
-    return _receive(plan, node, patience_s) if node.index == 0 else _report(plan, node, patience_s)
+    return _receive(plan, node, names, patience_s) if node.index == 0 else _report(plan, node, patience_s)
 
 
 def _listen(address: str, first_port: int) -> socket.socket:
@@ -57,7 +63,7 @@ def _listen(address: str, first_port: int) -> socket.socket:
     )
 
 
-def _receive(plan: LaunchPlan, node: NodeFacts, patience_s: float) -> Gathered:
+def _receive(plan: LaunchPlan, node: NodeFacts, names: Sequence[str], patience_s: float) -> Gathered:
     deadline = time.monotonic() + patience_s
     seen = {0: node.name}
     with _listen(node.master_address, int(node.master_port)) as door:
@@ -67,11 +73,7 @@ def _receive(plan: LaunchPlan, node: NodeFacts, patience_s: float) -> Gathered:
             try:
                 guest, _ = door.accept()
             except OSError:
-                missing = sorted(set(range(plan.nodes)) - set(seen))
-                raise NodeError(
-                    f"{len(missing)} of {plan.nodes} nodes did not reach {node.master_address}:{port} in"
-                    f" {patience_s:.0f} s: numbers {', '.join(map(str, missing))}; there are {', '.join(seen.values())}"
-                ) from None
+                raise _missing(plan, node, names, set(seen), patience_s) from None
             with guest:
                 said = _hear(guest)
                 if said.get("run") == plan.run_id and said.get("attempt") == node.attempt:
@@ -79,6 +81,16 @@ def _receive(plan: LaunchPlan, node: NodeFacts, patience_s: float) -> Gathered:
                     _say(guest, {"run": plan.run_id, "port": port, "time": time.time()})
                     _hear(guest)  # the guest closes first, so that no port of ours lingers in TIME_WAIT
     return Gathered(port, 0.0)
+
+
+def _missing(plan: LaunchPlan, node: NodeFacts, names: Sequence[str], seen: set[int], patience_s: float) -> NodeError:
+    """Who did not come is to blame; where nobody came to meet several, it is node 0."""
+    missing = [names[index] for index in range(plan.nodes) if index not in seen]
+    text = (
+        f"{len(missing)} of {plan.nodes} nodes did not reach {node.name} ({node.master_address}) in {patience_s:.0f} s:"
+        f" {', '.join(missing)}"
+    )
+    return NodeError(text, [node.name] if len(missing) == plan.nodes - 1 > 1 else missing)
 
 
 def _report(plan: LaunchPlan, node: NodeFacts, patience_s: float) -> Gathered:

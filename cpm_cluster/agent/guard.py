@@ -18,8 +18,10 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 GRACE_AFTER_AGENT_S = 20.0
 
 
-def guarded(agent: Callable[[], int]) -> int:
+def guarded(agent: Callable[[], int], clean_up_after: Callable[[int], None]) -> int:
     """Run the agent in a child process; its exit code, or 128 + n when it was killed by signal n.
+
+    A killed one is cleaned up after: what is below it ends, then `clean_up_after` gets the signal's number.
 
     The agent begins with `PASSED_ON` blocked, so that no signal is lost before it can handle them.
     """
@@ -34,10 +36,12 @@ def guarded(agent: Callable[[], int]) -> int:
     status = _passing_signals_on(child)
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
-    print(f"cpm: the node agent was killed by signal {os.WTERMSIG(status)}", file=sys.stderr, flush=True)
+    number = os.WTERMSIG(status)
+    print(f"cpm: the node agent was killed by signal {number}", file=sys.stderr, flush=True)
     process_tree.end_all(lambda: process_tree.descendants(guard), GRACE_AFTER_AGENT_S)
     process_tree.reap()
-    return 128 + os.WTERMSIG(status)
+    clean_up_after(number)
+    return 128 + number
 
 
 def _passing_signals_on(child: int) -> int:

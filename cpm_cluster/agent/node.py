@@ -1,7 +1,7 @@
 """One process per node: prepares, starts the program, passes requests on to it, cleans up, records how it ended.
 
 Phases, each an event: prepare, preflight, then for containers docker (a daemon of the job's own, where it is rootless)
-and image; training; cleanup. Exit codes: 0 finished; 85 stopped with a
+and image; training, with telemetry; cleanup. Exit codes: 0 finished; 85 stopped with a
 checkpoint before the time limit; 2 the user can correct it; 3 this node cannot run the job; 128 + n ended by
 signal n; otherwise the program's own.
 """
@@ -29,9 +29,11 @@ from cpm_cluster.agent.surroundings import (
     gpu_uuids,
     home_file,
     inherited_environment,
+    newest_attempt,
     node_facts,
     secret_values,
 )
+from cpm_cluster.agent.telemetry import Telemetry
 from cpm_cluster.launch.plan import EXIT_STOPPED, LaunchPlan, NodeFacts
 from cpm_cluster.launch.program import program_environment
 from cpm_cluster.launch.runtimes import run_argv
@@ -90,14 +92,32 @@ class NodeAgent:
         except (NodeError, OSError, subprocess.SubprocessError) as error:
             print(f"cpm: {error}", file=sys.stderr, flush=True)
             if node is not None:
-                append_event(self.files.events(node.name), "error", attempt=node.attempt, message=str(error))
+                blamed = error.blamed if isinstance(error, NodeError) else ()
+                append_event(
+                    self.files.events(node.name), "error", attempt=node.attempt, message=str(error), blamed=blamed
+                )
         finally:
             if node is not None:
                 self._enter(node, "cleanup")
                 clean = self._clean_up(node)
                 self._record_exit(node, code, clean)
                 self._leave_together(node, code)
+            # whoever leaves first has srun end the others, whose codes are told already
+            for number in PASSED_ON:
+                signal.signal(number, signal.SIG_IGN)
         return code
+
+    def clean_up_after(self, number: int) -> None:
+        """What `run` would have done at its end, had signal `number` not killed it; for the guard."""
+        node = node_facts(self.files, os.environ, newest_attempt(self.files))
+        if self.plan.runtime == "docker-rootless":
+            self.docker = RootlessDocker(node, self.files.node_dir(node.attempt, node.index) / "dockerd.log")
+            os.environ.update(self.docker.environment)
+        clean = self._clean_up(node)
+        if (read_json(self.files.exit_record(node.name)) or {}).get("attempt") != node.attempt:
+            name = signal.Signals(number).name
+            append_event(self.files.events(node.name), "agent_killed", attempt=node.attempt, signal=name)
+            self._record_exit(node, 128 + number, clean)
 
     def _attempt(self, node: NodeFacts) -> int:
         self.preparing = True
@@ -120,11 +140,11 @@ class NodeAgent:
         """Find out what is wrong before it costs anything; the facts with the GPUs and the port of this attempt."""
         self._enter(node, "preflight")
         if self.plan.container is not None:
-            node = replace(node, gpu_uuids=gpu_uuids(self.plan))
+            node = replace(node, gpu_uuids=gpu_uuids(self.plan, node.name))
         findings = preflight.preflight(self.plan, node, os.environ)
         self._record(node, findings)
         preflight.refuse(node, findings)
-        gathered = gather(self.plan, node)
+        gathered = gather(self.plan, node, os.environ.get("CPM_NODES", node.name).split(","))
         self._record(node, preflight.clock(gathered.clock_skew_s))
         if self.plan.runtime == "docker-rootless":
             self._enter(node, "docker")
@@ -153,11 +173,14 @@ class NodeAgent:
             return 128 + self.stopped_by
         self._enter(node, "training")
         process = self._start(run_argv(self.plan, node), environment, log)
+        telemetry = Telemetry(self.files, self.plan, node)
         # what was told to end together with the program, as a child of a shell is, may take as long to save
         while process.poll() is None or (self.ending and process_tree.group_exists(process.pid)):
             self._pass_on_requests(node, process)
+            telemetry.poll()
             process_tree.reap(but=process.pid)
             time.sleep(POLL_S)
+        telemetry.close()
         return self._exit_code(process.returncode)
 
     def _start(self, argv: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -9,7 +9,7 @@ import stat
 import subprocess
 from pathlib import Path
 from resource import RLIM_INFINITY, RLIMIT_MEMLOCK, RLIMIT_NOFILE, RLIMIT_STACK, getrlimit
-from typing import Mapping
+from typing import Iterable, Mapping
 
 from cpm_cluster.launch.plan import WANTED_ULIMITS, LaunchPlan, NodeFacts
 from cpm_cluster.runs.layout import RunLayout
@@ -19,13 +19,20 @@ LOOPBACK = "127.0.0.1"
 
 
 class NodeError(Exception):
-    """This node cannot run the job; the message says what is wrong and what to do."""
+    """This node cannot run the job; the message says what is wrong and what to do.
+
+    `blamed` names the nodes at fault, without which the job may run; none where it would fail on any other, too.
+    """
+
+    def __init__(self, message: str, blamed: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.blamed = tuple(blamed)
 
 
-def node_facts(files: RunLayout, environment: Mapping[str, str]) -> NodeFacts:
-    """The facts of this node and attempt but for its GPUs; makes the attempt's folder."""
+def node_facts(files: RunLayout, environment: Mapping[str, str], attempt: int | None = None) -> NodeFacts:
+    """The facts of this node but for its GPUs, for an attempt (default: a new one); makes the attempt's folder."""
     index = int(environment.get("SLURM_NODEID", "0"))
-    attempt = int(environment["CPM_ATTEMPT"]) if "CPM_ATTEMPT" in environment else next_attempt(files)
+    attempt = int(environment.get("CPM_ATTEMPT", attempt or next_attempt(files)))
     folder = files.node_dir(attempt, index)
     folder.mkdir(parents=True, exist_ok=True)
     return NodeFacts(
@@ -55,10 +62,15 @@ def allowed_ulimits() -> tuple[str, ...]:
     return tuple(allowed)
 
 
-def next_attempt(files: RunLayout) -> int:
-    """1 for the first; an attempt is a folder."""
+def newest_attempt(files: RunLayout) -> int:
+    """Attempts count from 1, and each is a folder; 0 before the first."""
     numbers = [int(path.name[8:]) for path in files.root.glob("attempt-*") if path.name[8:].isdigit()]
-    return max(numbers, default=0) + 1
+    return max(numbers, default=0)
+
+
+def next_attempt(files: RunLayout) -> int:
+    """1 for the first."""
+    return newest_attempt(files) + 1
 
 
 def free_port() -> int:
@@ -68,7 +80,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def gpu_uuids(plan: LaunchPlan) -> tuple[str, ...]:
+def gpu_uuids(plan: LaunchPlan, node: str) -> tuple[str, ...]:
     """UUIDs of this step's GPUs, from `nvidia-smi -L`: `GPU 0: NVIDIA A100 (UUID: GPU-…)`.
 
     Raises:
@@ -79,13 +91,14 @@ def gpu_uuids(plan: LaunchPlan) -> tuple[str, ...]:
     try:
         done = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        raise NodeError(f"nvidia-smi -L fails on this node: {error}; tell the admin, exclude the node") from error
+        raise NodeError(f"nvidia-smi -L fails on {node}: {error}; tell the admin, exclude the node", [node]) from error
     lines = done.stdout.decode("utf-8", "replace").splitlines()
     found = tuple(line.split("UUID: ")[1].rstrip(") ") for line in lines if line.startswith("GPU") and "UUID: " in line)
     if len(found) != plan.gpus_per_node:
         raise NodeError(
             f"nvidia-smi lists {len(found)} GPUs in this step, the plan has {plan.gpus_per_node}:"
-            " a GPU has failed, or Slurm does not confine devices (ConstrainDevices)"
+            " a GPU has failed, or Slurm does not confine devices (ConstrainDevices)",
+            [node],
         )
     return found
 

@@ -19,6 +19,16 @@ from cpm_cluster.specs.problems import printable, shortened
 DEADLY = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 # torchrun's summary (torch/distributed/elastic/multiprocessing/errors): `rank : 1 (local_rank: 1)`, `exitcode : -9 …`.
 RANK_ENDED = re.compile(r"^\s*rank\s*:\s*(\d+) .*\n\s*exitcode\s*:\s*(-?\d+) ", re.MULTILINE)
+# The kernel's memory killer, as slurmstepd tells it.
+OOM_KILL = re.compile(r"Detected \d+ oom[-_]kill event|Some of the step tasks have been OOM Killed")
+# slurmstepd ends a step or a job for Slurm's reasons; TASK FAILURE is ours: one node failed, srun ended the others.
+ENDED_BY_SLURM = re.compile(r"\*\*\* (?:JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ DUE TO ([A-Z]+(?: [A-Z]+)*)")
+NODE_FAILURE = re.compile(r"Node failure on ([\w.-]+)")
+# A collective that broke: what torch, NCCL and Gloo say when another rank or the network between them is gone.
+FABRIC = re.compile(
+    r"NCCL|DistBackendError|[Gg]loo|Connection (?:reset|closed|refused|timed out)|[Tt]imed out|[Tt]imeout"
+    r"|No route to host|Broken pipe"
+)
 # Where the agent's own output goes, and that of what started it.
 AGENT_LOGS = ("submitit/*_log.out", "slurm-*.log")
 SUBMITIT = re.compile("submitit INFO")
@@ -39,6 +49,32 @@ def _cancelled(run: Run, state: State) -> Verdict | None:
     if state.name != "cancelled":
         return None
     return Verdict("cancelled", "It was cancelled on request.", False, _resume(run))
+
+
+def _slurm_said(run: Run, state: State) -> Verdict | None:
+    """Preempted, or a node failed: Slurm ended it, whatever the ranks said then."""
+    log, number, text = _slurm_log(run, state.attempt)
+    found = next((m for m in ENDED_BY_SLURM.finditer(text) if m[1] in ("PREEMPTION", "NODE FAILURE")), None)
+    if found is None or log is None:
+        return None
+    evidence = (Evidence(_inside(run, log), number + text.count("\n", 0, found.start()), _one_line(found[0])),)
+    if found[1] == "PREEMPTION":
+        return Verdict("preempted", "Slurm preempted it for another job.", True, _resume(run), evidence)
+    node = _failed_node(run, state, text)
+    cause = f"Node {node} failed." if node else "One of its nodes failed."
+    return Verdict("node", cause, True, _resume(run), evidence, node=node)
+
+
+def _agent_killed(run: Run, state: State) -> Verdict | None:
+    """What the other nodes say of it are consequences."""
+    events = read_events(run.files.root / "events")
+    found = next((e for e in events if e["kind"] == "agent_killed" and e.get("attempt") == state.attempt), None)
+    if found is None:
+        return None
+    node = found["writer"]
+    evidence = (Evidence(f"events/{node}.jsonl", 0, f"agent_killed {found.get('signal')}"),)
+    cause = f"The node agent on {node} was killed ({found.get('signal')})."
+    return Verdict("killed", cause, True, _resume(run), evidence)
 
 
 def _stopped(run: Run, state: State) -> Verdict | None:
@@ -67,7 +103,7 @@ def _killed_rank(run: Run, state: State) -> Verdict | None:
             if number in DEADLY:
                 line = text.count("\n", 0, found.start(2)) + 1
                 evidence = (Evidence(_inside(run, log), line, f"rank {rank} exitcode {-number}"),)
-                return _killed(run, f"Rank {rank} was", number, evidence, rank)
+                return _killed(run, state, f"Rank {rank} was", number, evidence, rank)
     return None
 
 
@@ -85,6 +121,12 @@ def _rank_error(run: Run, state: State) -> Verdict | None:
     if first.get("type") == "FloatingPointError":
         remedy = "lower training.lr, raise training.warmup_steps, or look at the data of that step"
         return Verdict("diverged", f"The training diverged: {message}.", False, remedy, evidence, rank=rank)
+    if first.get("type") == "OutOfMemoryError":
+        remedy = "lower training.micro_batch or seq_len, switch training.recompute on, or take more GPUs"
+        return Verdict("out of memory", f"The GPU was full: {message}.", False, remedy, evidence, rank=rank)
+    if FABRIC.search(f"{first.get('type')} {message}"):
+        cause = f"The ranks lost each other: rank {rank} said first: {message}."
+        return Verdict("fabric", cause, True, _resume(run), evidence, rank=rank)
     cause = f"Rank {rank} failed first, with {first.get('type')}: {message}."
     return Verdict("program", cause, False, f"see cpm logs {run.id} --rank {rank}", evidence, rank=rank)
 
@@ -94,10 +136,13 @@ def _node_error(run: Run, state: State) -> Verdict | None:
     of_attempt = [e for e in errors if e.get("attempt") == state.attempt]
     if not of_attempt:
         return None
-    node, message = of_attempt[0]["writer"], _one_line(of_attempt[0].get("message"))
-    evidence = (Evidence(f"events/{node}.jsonl", 0, "error"),)
-    cause = f"Node {node} could not run it: {message}."
-    return Verdict("node", cause, False, f"mend it there, then: {_resume(run)}", evidence, node=node)
+    # whoever knows the node at fault knows more than those who only miss it
+    first = min(of_attempt, key=lambda event: (not event.get("blamed"), event["time"]))
+    writer, message, blamed = first["writer"], _one_line(first.get("message")), first.get("blamed") or ()
+    evidence = (Evidence(f"events/{writer}.jsonl", 0, "error"),)
+    cause = f"Node {writer} could not run it: {message}."
+    remedy = f"mend it there, then: {_resume(run)}"
+    return Verdict("node", cause, bool(blamed), remedy, evidence, node=next(iter(blamed), writer))
 
 
 def _told_to_stop(run: Run, state: State) -> Verdict | None:
@@ -119,15 +164,17 @@ def _exit_code(run: Run, state: State) -> Verdict | None:
     code, evidence = state.exit_code or 0, _last_line(run, _program_log(run, state))
     if code - 128 in DEADLY:
         subject = "The launcher (torchrun) was" if run.plan.program.launcher == "torchrun" else "The program was"
-        return _killed(run, subject, code - 128, evidence)
+        return _killed(run, state, subject, code - 128, evidence)
     name = f" ({_signal_name(code - 128)})" if _signal_name(code - 128) else ""
     return Verdict("program", f"The program ended with code {code}{name}.", False, f"see cpm logs {run.id}", evidence)
 
 
 RULES: tuple[Rule, ...] = (
     _cancelled,
+    _slurm_said,
     _stopped,
     _lost,
+    _agent_killed,
     _killed_rank,
     _rank_error,
     _node_error,
@@ -136,8 +183,13 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def _killed(run: Run, subject: str, number: int, evidence: tuple[Evidence, ...], rank: int | None = None) -> Verdict:
+def _killed(
+    run: Run, state: State, subject: str, number: int, evidence: tuple[Evidence, ...], rank: int | None = None
+) -> Verdict:
     name = _signal_name(number)
+    if number == signal.SIGKILL and _kernel_killed(run, state):
+        cause = f"{subject} killed by the kernel for lack of host memory."
+        return Verdict("out of memory", cause, False, "ask for more resources.memory_per_node", evidence, rank=rank)
     if number == signal.SIGKILL:
         cause = f"{subject} killed ({name}) by somebody, or by the kernel for lack of host memory."
         remedy = f"if dmesg says `Out of memory`, ask for more resources.memory_per_node; else: {_resume(run)}"
@@ -145,6 +197,35 @@ def _killed(run: Run, subject: str, number: int, evidence: tuple[Evidence, ...],
     option = f" --rank {rank}" if rank is not None else ""
     cause = f"{subject} ended by a crash of native code ({name})."
     return Verdict("crashed", cause, False, f"see the traceback in cpm logs {run.id}{option}", evidence, rank=rank)
+
+
+def _kernel_killed(run: Run, state: State) -> bool:
+    """Whether Docker or slurmstepd saw the memory killer at work."""
+    events = [e for e in read_events(run.files.root / "events") if e.get("attempt") == state.attempt]
+    in_container = any((e.get("state") or {}).get("OOMKilled") for e in events if e["kind"] == "container")
+    return in_container or OOM_KILL.search(_slurm_log(run, state.attempt)[2]) is not None
+
+
+def _failed_node(run: Run, state: State, text: str) -> str | None:
+    """As srun names it; else the only node that began, and did not say how it ended."""
+    named = NODE_FAILURE.search(text)
+    if named:
+        return named[1]
+    of_attempt = [e for e in read_events(run.files.root / "events") if e.get("attempt") == state.attempt]
+    silent = {e["writer"] for e in of_attempt if e.get("phase") == "prepare"}
+    silent -= {record["node"] for record in exit_records(run, state.attempt)}
+    return silent.pop() if len(silent) == 1 else None
+
+
+def _slurm_log(run: Run, attempt: int) -> tuple[Path | None, int, str]:
+    """The log of an attempt's job with what was written during that attempt, and the number of its first line."""
+    for log in run.files.root.glob("slurm-*.log"):
+        text = log.read_bytes().decode("utf-8", "replace")
+        begun = re.search(rf"^cpm: attempt {attempt} begins", text, re.MULTILINE)
+        if begun:
+            end = text.find(f"cpm: attempt {attempt + 1} begins", begun.end())
+            return log, text.count("\n", 0, begun.start()) + 1, text[begun.start() : end if end >= 0 else None]
+    return None, 0, ""
 
 
 def _resume(run: Run) -> str:

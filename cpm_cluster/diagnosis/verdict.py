@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Evidence:
-    """A line that says so: a file of the run directory, its line (0: the file as a whole), the text."""
+    """A line that says so: a file of the run directory (or a command), its line (0: the file as a whole), the text."""
 
     file: str
     line: int

@@ -17,6 +17,8 @@ Stage = Literal["slurm", "sandbox", "local"]
 FEWEST_STEPS, STEPS_OF_ALL_RANKS = 24, 400
 PARTS = 4  # a checkpoint after each
 TIME_LIMIT_S = 1800
+# A tiny checkpoint takes seconds; the job's own lead may be as long as the whole rehearsal.
+SIGNAL_LEAD_S = 120
 # 259 ids of the tokenizer `bytes`, and a width that 64 ranks can share.
 MODEL = Model(layers=2, hidden=64, heads=4, ffn=128, vocab=320, source="ours, for rehearsals")
 CORPUS = "builtin:python-reference"
@@ -56,6 +58,11 @@ def overrides(job: JobSpec, stage: Stage) -> tuple[str, ...]:
     return ()
 
 
+def named(job: JobSpec) -> str:
+    """The name of a job's rehearsal; names have 64 characters at most."""
+    return f"{job.name[:53]}-rehearsal"
+
+
 def rehearse(job: JobSpec, staged: JobSpec, stage: Stage, run_dir: str, missing: Collection[str]) -> Rehearsal:
     """The staged job with a tiny model and a few steps of built-in text.
 
@@ -67,12 +74,14 @@ def rehearse(job: JobSpec, staged: JobSpec, stage: Stage, run_dir: str, missing:
     stand_ins = {f"{run_dir}/mounts/{number}": path for number, path in enumerate(sorted(missing))}
     mounts = {host: target for host, target in staged.mounts.items() if host not in missing}
     mounts |= {stand_in: staged.mounts[path] for stand_in, path in stand_ins.items()}
-    spec = replace(staged, name=f"{staged.name[:53]}-rehearsal", mounts=mounts, time_limit_s=_time(staged))
+    spec = replace(
+        staged,
+        name=named(staged),
+        mounts=mounts,
+        time_limit_s=TIME_LIMIT_S,
+        signal_lead_s=SIGNAL_LEAD_S,
+    )
     return Rehearsal(_shrunk(spec) if spec.engine != "command" else spec, _unproven(job, staged, stage, missing))
-
-
-def _time(spec: JobSpec) -> int:
-    return min(spec.time_limit_s or TIME_LIMIT_S, TIME_LIMIT_S)
 
 
 def _shrunk(spec: JobSpec) -> JobSpec:

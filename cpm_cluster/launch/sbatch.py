@@ -49,10 +49,15 @@ if [ -z "$CPM_MASTER_ADDR" ]; then
     echo "cpm: $first_node has no address that other nodes reach; mend /etc/hosts or DNS there (getent ahostsv4)" >&2
     exit 1
 fi
-export CPM_MASTER_ADDR"""
+export CPM_MASTER_ADDR
+export CPM_NODES=${nodes//$'\n'/,}"""
 
 # The port lies above Linux's ephemeral range (as enroot chooses it); a requeued job takes the next one.
 _PORT = "export CPM_MASTER_PORT=$((61000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 4536))"
+
+_BEGIN = """\
+# An earlier attempt that Slurm ended itself, by preemption or for a node that failed, counts against its budget.
+"${agent[@]}" begin || exit $?"""
 
 _ATTEMPT = """\
 attempt=1
@@ -73,18 +78,10 @@ done
 code=0
 wait "$step_pid" || code=$?"""
 
-_REQUEUE = """\
-if [ "$code" -eq 85 ]; then
-    echo "cpm: stopped with a checkpoint before the time limit; the job goes on when it is scheduled again"
-    scontrol requeue "$SLURM_JOB_ID" || echo "cpm: Slurm refuses; to go on: sbatch $run_dir/job.sbatch" >&2
-fi"""
-
-_RESUBMIT = """\
-if [ "$code" -eq 85 ]; then
-    echo "cpm: stopped with a checkpoint before the time limit; this site does not requeue, so a new job goes on"
-    sbatch --dependency="afterany:$SLURM_JOB_ID" "$run_dir/job.sbatch" ||
-        echo "cpm: Slurm refuses; to go on: sbatch $run_dir/job.sbatch" >&2
-fi"""
+_END = """\
+# Says why it ended, starts the job again where that may help, and gives the code of the node that failed first.
+"${agent[@]}" end "$code" || code=$?
+exit "$code\""""
 
 _IS_ROOTLESS = "docker info --format '{{.SecurityOptions}}'  # names rootless, or this is the daemon of root"
 _UUIDS = "nvidia-smi --query-gpu=uuid --format=csv,noheader"
@@ -108,11 +105,11 @@ def batch_script(plan: LaunchPlan) -> str:
         f"run_dir={shlex.quote(plan.run_dir)}",
         _SCRUB,
         (_SEVERAL_NODES if plan.nodes > 1 else _ONE_NODE) + "\n" + _PORT,
-        _ATTEMPT,
         "\n".join([_array("agent", agent_argv(plan)), _array("step", step_argv(plan))]),
+        _BEGIN,
+        _ATTEMPT,
         _RUN,
-        _REQUEUE if plan.requeue else _RESUBMIT,
-        'exit "$code"',
+        _END,
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -20,7 +20,7 @@ MAX_FILES = 20_000
 LEFT_OUT = frozenset({"__pycache__", "venv", "node_modules"})
 # Runs, whole or being made: they would hold each other.
 RUN = re.compile(rf"{ID_PATTERN}|\.{ID_PATTERN}\.partial")
-PACKAGE_PARTS = ("__init__.py", "agent", "launch", "runs", "training")
+PACKAGE_PARTS = ("__init__.py", "agent", "diagnosis", "launch", "runs", "specs/problems.py", "training")
 
 
 class SnapshotError(Exception):

@@ -49,6 +49,8 @@ def read_state(run: Run, alive: bool) -> State:
         return State("prepared", "", attempt, None, progress)
     exits = exit_records(run, attempt)
     phase = _phase(run, events, attempt, progress)
+    if alive and _starts_again(events, attempt):
+        return State("queued", "", attempt, None, progress)
     if alive or (not submission and len(exits) < run.plan.nodes):
         return State("running", phase, attempt, None, progress)
     code = _exit_code(exits)
@@ -60,6 +62,11 @@ def exit_records(run: Run, attempt: int) -> list[dict[str, Any]]:
     records: Iterable[dict[str, Any] | None] = map(read_json, (run.files.root / "exit").glob("*.json"))
     found = [record for record in records if record and record.get("attempt") == attempt]
     return sorted(found, key=lambda record: float(record["ended"]))
+
+
+def _starts_again(events: list[dict[str, Any]], attempt: int) -> bool:
+    """Whether the batch script has handed the job back to the queue after this attempt."""
+    return any(e["kind"] == "decision" and e.get("attempt") == attempt and e.get("again") for e in events)
 
 
 def _ended(run: Run, exits: list[dict[str, Any]], code: int | None) -> Name:

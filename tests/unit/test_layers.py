@@ -15,9 +15,9 @@ LAYERS: dict[str, set[str]] = {
     "planner": {"specs"},
     "launch": {"specs", "planner"},
     "runs": {"launch"},
-    "agent": {"launch", "runs"},
-    "schedulers": {"launch", "runs", "agent"},
     "diagnosis": {"runs", "specs"},
+    "agent": {"launch", "runs", "diagnosis"},  # the batch script starts a job again as the verdict says
+    "schedulers": {"launch", "runs", "agent"},
     "dashboard": {"runs", "schedulers", "diagnosis", "planner"},
     "training": set(),
     "sandbox": {"specs", "runs"},  # a Slurm cluster on one machine, to try things on: only cli knows of it

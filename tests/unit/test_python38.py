@@ -18,11 +18,16 @@ PACKAGE = Path(__file__).resolve().parents[2] / "cpm_cluster"
 ON_NODES = [
     "__init__.py",
     "agent",
+    "diagnosis",
     "launch/plan.py",
     "launch/program.py",
     "launch/runtimes",
     "runs/layout.py",
     "runs/records.py",
+    "runs/run.py",
+    "runs/state.py",
+    "runs/telemetry.py",
+    "specs/problems.py",
     "training",
 ]
 # get_type_hints evaluates the annotations of these when a plan or a settings file is read.

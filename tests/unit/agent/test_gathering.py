@@ -12,6 +12,8 @@ from cpm_cluster.agent.gathering import gather
 from cpm_cluster.agent.surroundings import LOOPBACK, NodeError, free_port
 from cpm_cluster.launch.plan import NodeFacts
 
+NAMES = ["g2001", "g2002", "g2003", "g2004"]
+
 
 @dataclass(frozen=True)
 class AnyPlan:
@@ -26,7 +28,7 @@ def facts(index: int, port: int, attempt: int = 1) -> NodeFacts:
 def gathered(plan: AnyPlan, nodes: list[NodeFacts], patience_s: float = 10.0):
     """What each node got: a Gathered, or a NodeError."""
     with ThreadPoolExecutor(len(nodes)) as threads:
-        waiting = [threads.submit(gather, plan, node, patience_s) for node in nodes]
+        waiting = [threads.submit(gather, plan, node, NAMES[: plan.nodes], patience_s) for node in nodes]
         return [future.exception() or future.result() for future in waiting]
 
 
@@ -51,8 +53,15 @@ def test_a_port_that_is_taken_is_passed_over_by_all():
 def test_who_does_not_come_is_named():
     (error,) = gathered(AnyPlan(3), [facts(0, free_port())], patience_s=0.5)
     assert isinstance(error, NodeError)
-    assert "2 of 3 nodes did not reach" in str(error)
-    assert "numbers 1, 2; there are g2001" in str(error)
+    assert "2 of 3 nodes did not reach g2001" in str(error)
+    assert str(error).endswith("g2002, g2003")
+
+
+def test_who_is_missing_is_to_blame_and_where_all_are_it_is_node_0():
+    (nobody_came,) = gathered(AnyPlan(3), [facts(0, free_port())], patience_s=0.3)
+    port = free_port()
+    one_is_missing = gathered(AnyPlan(3), [facts(0, port), facts(2, port)], patience_s=1.0)[0]
+    assert (nobody_came.blamed, one_is_missing.blamed) == (("g2001",), ("g2002",))
 
 
 def test_a_node_that_cannot_reach_node_0_says_so():
@@ -65,7 +74,7 @@ def test_a_node_that_cannot_reach_node_0_says_so():
 def test_a_node_of_another_attempt_does_not_count():
     port = free_port()
     first, second = gathered(AnyPlan(2), [facts(0, port, attempt=2), facts(1, port, attempt=1)], patience_s=1.0)
-    assert isinstance(first, NodeError) and "numbers 1" in str(first)
+    assert isinstance(first, NodeError) and str(first).endswith("g2002") and first.blamed == ("g2002",)
     assert isinstance(second, NodeError)
 
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from cpm_cluster.agent import guard, node
 node.GRACE_AFTER_TERM_S, node.GRACE_OF_STRAGGLERS_S, node.GRACE_OF_THE_LATE_S = 1.0, 0.3, 0.3
 guard.GRACE_AFTER_AGENT_S = 0.3
-sys.exit(guard.guarded(lambda: node.NodeAgent(Path(sys.argv[1])).run()))
+agent = node.NodeAgent(Path(sys.argv[1]))
+sys.exit(guard.guarded(agent.run, agent.clean_up_after))
 """
 # In place of torchrun: the arguments of the plan's program are the script that it runs.
 LAUNCHER = '#!/bin/sh\nwhile [ "$1" != -m-trainer ]; do shift; done\nshift\nexec bash -c "$1"\n'
@@ -215,7 +216,7 @@ def test_gpus_that_are_not_there_are_an_error_of_the_node_and_recorded(agent):
     worker = agent("", gpus_per_node=8, container=container(), runtime="docker")
     assert worker.ended()[0] == 3
     (error,) = [e for e in read_events(worker.root / "events") if e["kind"] == "error"]
-    assert "nvidia-smi -L fails on this node" in error["message"]
+    assert error["message"].startswith("nvidia-smi -L fails on ")
 
 
 def test_whoever_is_told_to_end_before_it_has_started_its_program_does_not_start_it(made_run, tmp_path):
@@ -260,9 +261,31 @@ def test_the_guard_cleans_up_after_an_agent_that_was_killed(agent):
     program = int(worker.log.split()[1])
     assert parent_of(worker.pid) == worker.process.pid
     os.kill(worker.pid, signal.SIGKILL)
-    assert worker.process.wait(30) == 137
+    code, record = worker.ended()
+    assert (code, record["exit_code"], record["clean"]) == (137, 137, True)
     assert is_gone(program)
-    assert not (worker.root / "exit").exists()
+    (told,) = [event for event in read_events(worker.root / "events") if event["kind"] == "agent_killed"]
+    assert told["signal"] == "SIGKILL"
+
+
+def test_the_guard_removes_the_container_of_an_agent_that_was_killed(agent, made_run, tmp_path):
+    """With a stand-in for docker: its container goes on when its client is killed, as a real one's does."""
+    calls = tmp_path / "calls"
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$1" != run ] || '
+        "{ echo abc > $(echo \"$@\" | sed 's/.*--cidfile=\\([^ ]*\\).*/\\1/'); echo ready; exec sleep 60; }\n"
+    )
+    docker.chmod(0o755)
+    box = container(image="img:1", shm_bytes=1)
+    run = made_run(new_run_id("agent"), trainer=False, container=box, runtime="docker").run
+    run.files.code.mkdir()
+    worker = agent("", run=run, environment={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    wait_for(lambda: "ready" in worker.log)
+    os.kill(worker.pid, signal.SIGKILL)
+    assert worker.ended()[0] == 137
+    assert "rm --force --volumes abc" in calls.read_text().splitlines()
+    assert [path.name for path in worker.root.glob("attempt-1/node-0/*")] == ["node.log"]
 
 
 def test_the_agent_ends_when_its_guard_is_killed(agent):
@@ -277,4 +300,4 @@ def test_the_agent_ends_when_its_guard_is_killed(agent):
 def test_a_wrong_command_line():
     module = [sys.executable, "-m", "cpm_cluster.agent"]
     done = subprocess.run(module, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "usage: python PACKAGE RUN_DIR\n")
+    assert (done.returncode, done.stderr) == (2, "usage: python PACKAGE RUN_DIR [begin | end CODE]\n")

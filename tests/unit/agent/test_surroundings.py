@@ -90,18 +90,18 @@ LISTED = (
 
 def test_gpus_are_known_by_their_uuids(made_run, nvidia_smi):
     nvidia_smi(LISTED)
-    assert gpu_uuids(made_run(gpus_per_node=2).run.plan) == ("GPU-aa-0", "GPU-bb-1")
+    assert gpu_uuids(made_run(gpus_per_node=2).run.plan, "g2001") == ("GPU-aa-0", "GPU-bb-1")
 
 
 def test_a_step_that_does_not_have_its_gpus_is_refused(made_run, nvidia_smi):
     nvidia_smi(LISTED)
     with pytest.raises(NodeError, match="lists 2 GPUs in this step, the plan has 8: a GPU has failed, or Slurm"):
-        gpu_uuids(made_run(gpus_per_node=8).run.plan)
+        gpu_uuids(made_run(gpus_per_node=8).run.plan, "g2001")
     nvidia_smi("NVIDIA-SMI has failed", code=9)
-    with pytest.raises(NodeError, match="nvidia-smi -L fails on this node"):
-        gpu_uuids(made_run("a-20260102-030405-0001", gpus_per_node=8).run.plan)
+    with pytest.raises(NodeError, match="nvidia-smi -L fails on g2001"):
+        gpu_uuids(made_run("a-20260102-030405-0001", gpus_per_node=8).run.plan, "g2001")
 
 
 def test_without_gpus_nobody_is_asked(made_run, monkeypatch):
     monkeypatch.setattr(surroundings.subprocess, "run", None)
-    assert gpu_uuids(made_run().run.plan) == ()
+    assert gpu_uuids(made_run().run.plan, "g2001") == ()

@@ -237,3 +237,96 @@ def test_records_that_are_torn_are_passed_over(ended):
 def test_a_verdict_as_people_read_it():
     verdict = Verdict("x", "It broke.", False, "mend it", (Evidence("a.log", 3, "oh"), Evidence("b.json", 0, "no")))
     assert str(verdict) == "It broke.\n  what to do: mend it\n  a.log:3: oh\n  b.json: no"
+
+
+def test_who_knows_the_node_at_fault_is_believed_before_those_who_miss_it(ended):
+    ended.event("error", "g2002", attempt=1, message="node 0 cannot be reached", blamed=[]).exited(3, node="g2002")
+    ended.event("error", "g2001", attempt=1, message="g2003 did not come", blamed=["g2003"]).exited(3, node="g2001")
+    verdict = verdict_of(ended)
+    assert (verdict.node, verdict.transient) == ("g2003", True)
+    assert "g2003 did not come" in verdict.cause
+
+
+def test_what_fails_on_any_node_is_not_tried_again(ended):
+    verdict = verdict_of(ended.event("error", attempt=1, message="no such image", blamed=[]).exited(3))
+    assert (verdict.category, verdict.transient) == ("node", False)
+
+
+SLURMSTEPD = "slurmstepd: error: *** STEP 7.0 ON g2001 CANCELLED AT 2026-01-02T03:04:05 DUE TO {} ***\n"
+
+
+def slurm_log(made, *lines, attempt=1):
+    return made.file("slurm-7.log", f"cpm: attempt {attempt} begins\n" + "".join(lines))
+
+
+def test_slurm_preempted_it(ended):
+    slurm_log(ended, SLURMSTEPD.format("PREEMPTION")).exited(143, stopped_by="SIGTERM")
+    verdict = verdict_of(ended)
+    assert (verdict.category, verdict.transient) == ("preempted", True)
+    assert (verdict.evidence[0].file, verdict.evidence[0].line) == ("slurm-7.log", 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "node"),
+    [("srun: error: Node failure on g2003\n", "g2003"), ("", "g2002")],
+    ids=["srun names it", "it began and never said how it ended"],
+)
+def test_a_node_failed(ended, said, node):
+    slurm_log(ended, said, SLURMSTEPD.format("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"))
+    ended.phase("prepare", node="g2001").phase("prepare", node="g2002").exited(143, node="g2001")
+    verdict = verdict_of(ended)
+    assert (verdict.category, verdict.node, verdict.transient) == ("node", node, True)
+    assert verdict.cause == f"Node {node} failed."
+
+
+def test_that_srun_ended_the_others_is_not_the_cause(ended):
+    slurm_log(ended, SLURMSTEPD.format("TASK FAILURE")).rank_error(1, time=1.0).exited(1)
+    assert verdict_of(ended).category == "program"
+
+
+def test_what_slurm_said_of_another_attempt_does_not_count(ended):
+    log = "cpm: attempt 1 begins\n" + SLURMSTEPD.format("PREEMPTION") + "cpm: attempt 2 begins\n"
+    ended.file("slurm-7.log", log).exited(143, stopped_by="SIGTERM")
+    assert verdict_of(ended).category == "preempted"
+    ended.phase("training", attempt=2).exited(1, attempt=2)
+    assert verdict_of(ended).category == "program"
+
+
+def test_the_kernel_killed_the_container(ended):
+    ended.event("container", attempt=1, id="abc", state={"OOMKilled": True}).exited(137)
+    verdict = verdict_of(ended)
+    assert (verdict.category, verdict.transient) == ("out of memory", False)
+    assert "memory_per_node" in verdict.remedy
+
+
+def test_the_kernel_killed_something_in_the_step(ended):
+    slurm_log(ended, "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=7.0. Some of your processes…\n")
+    ended.file("attempt-1/node-0/node.log", KILLED.format(first=(0, -9), second=(1, -15))).exited(1)
+    verdict = verdict_of(ended)
+    assert (verdict.category, verdict.rank) == ("out of memory", 0)
+
+
+def test_a_full_gpu(ended):
+    verdict = verdict_of(ended.rank_error(3, 1.0, "OutOfMemoryError", message="CUDA out of memory. Tried…").exited(1))
+    assert (verdict.category, verdict.transient, verdict.rank) == ("out of memory", False, 3)
+    assert "micro_batch" in verdict.remedy
+
+
+@pytest.mark.parametrize(
+    ("type_", "message"),
+    [
+        ("DistBackendError", "NCCL error in: ProcessGroupNCCL.cpp:1234, unhandled system error"),
+        ("RuntimeError", "[../third_party/gloo/gloo/transport/tcp/pair.cc:598] Connection closed by peer [10.77.0.2]"),
+        ("RuntimeError", "Timed out waiting 1800000ms for recv operation to complete"),
+    ],
+)
+def test_ranks_that_lost_each_other(ended, type_, message):
+    verdict = verdict_of(ended.rank_error(0, 1.0, type_, message=message).exited(1))
+    assert (verdict.category, verdict.transient) == ("fabric", True)
+
+
+def test_the_agent_was_killed_whatever_the_ranks_say_of_it(ended):
+    ended.event("agent_killed", "g2001", attempt=1, signal="SIGKILL").exited(137, node="g2001")
+    verdict = verdict_of(ended.rank_error(9, 1.0, message="Connection closed by peer"))
+    assert (verdict.category, verdict.transient) == ("killed", True)
+    assert verdict.cause == "The node agent on g2001 was killed (SIGKILL)."

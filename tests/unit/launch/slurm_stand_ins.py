@@ -1,4 +1,4 @@
-"""Stand-ins for Slurm's commands, `module`, the name service, nvidia-smi, docker, podman and conda.
+"""Stand-ins for Slurm's commands, `module`, the name service, nvidia-smi, docker, podman, conda and the agent's Python.
 
 They record how they were called, and answer with what a test has set.
 
@@ -19,12 +19,15 @@ env -0 > {folder}/environment.partial && mv {folder}/environment.partial {folder
 sleep "$(cat {folder}/duration)"
 exit "$(cat {folder}/exit_code)"
 """
-_SCONTROL = """\
-case "$1" in
-    show) cat {folder}/hostnames ;;
-    requeue) exit "$(cat {folder}/requeue_exit_code)" ;;
+_SCONTROL = 'if [ "$1" = show ]; then cat {folder}/hostnames; fi\n'
+# `python3 PACKAGE RUN_DIR begin`, `… end CODE`
+_PYTHON = """\
+case "$3" in
+    begin) exit "$(cat {folder}/begin_exit_code)" ;;
+    end) exit "$(cat {folder}/end_exit_code)" ;;
 esac
 """
+AGENT_PYTHON = "/opt/cpm/bin/python3"
 _NVIDIA_SMI = "printf 'GPU-a\\nGPU-b\\n'\n"
 _GETENT = """\
 cat {folder}/addresses
@@ -40,9 +43,10 @@ class StandIns:
         self.bin = folder / "bin"
         self.bin.mkdir(parents=True)
         bodies = {"srun": _SRUN, "scontrol": _SCONTROL, "getent": _GETENT, "nvidia-smi": _NVIDIA_SMI}
+        bodies["python3"] = _PYTHON
         for name in (*bodies, "sbatch", "docker", "podman", "conda"):
             self._write(name, bodies.get(name, ""))
-        self.answers(exit_code="0", duration="0", requeue_exit_code="0")
+        self.answers(exit_code="0", duration="0", begin_exit_code="0", end_exit_code="0")
         self.answers(hostnames="g2001\n", addresses="10.77.0.1  STREAM g2001\n10.77.0.1  DGRAM\n")
 
     def answers(self, **texts: str) -> None:
@@ -60,7 +64,7 @@ class StandIns:
     def start(self, script: str, **variables: str) -> subprocess.Popen[str]:
         """A batch script in an environment of its own, in a folder where it may leave nothing."""
         path = self.folder / "job.sbatch"
-        path.write_text(script, encoding="utf-8")
+        path.write_text(script.replace(AGENT_PYTHON, "python3"), encoding="utf-8")
         cwd = self.folder / "cwd"
         cwd.mkdir(exist_ok=True)
         return subprocess.Popen(

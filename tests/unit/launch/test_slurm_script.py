@@ -238,14 +238,9 @@ class TestDirectives:
     def test_a_site_that_requeues_is_asked_to(self) -> None:
         plan = packaged("lora_100b").plan
         assert "--requeue" in _directives(plan)
-        assert 'scontrol requeue "$SLURM_JOB_ID"' in _executed(plan)
-        assert "sbatch --dependency" not in _executed(plan)
 
-    def test_a_site_that_does_not_gets_a_new_job_behind_the_old_one(self, tmp_path: Path) -> None:
-        plan = written(tmp_path, MINIMAL, site=SITE + "requeue: false\n").plan
-        assert "--no-requeue" in _directives(plan)
-        assert 'sbatch --dependency="afterany:$SLURM_JOB_ID" "$run_dir/job.sbatch"' in _executed(plan)
-        assert "scontrol requeue" not in _executed(plan)
+    def test_a_site_that_does_not_is_not(self, tmp_path: Path) -> None:
+        assert "--no-requeue" in _directives(written(tmp_path, MINIMAL, site=SITE + "requeue: false\n").plan)
 
     def test_where_nobody_states_cpus_a_warning_says_what_slurm_does(self, tmp_path: Path) -> None:
         prepared = written(tmp_path, MINIMAL, site=SITE.replace("cpus_per_node: 128\n", ""))

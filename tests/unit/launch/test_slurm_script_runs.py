@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_jobs import MINIMAL, SITE, packaged, written
-from slurm_stand_ins import StandIns
+from launch_jobs import MINIMAL, packaged, written
+from slurm_stand_ins import AGENT_PYTHON, StandIns
 
 from cpm_cluster.launch.plan import options
 from cpm_cluster.launch.sbatch import agent_argv, batch_script, by_hand, step_argv
@@ -52,13 +52,9 @@ class TestStep:
         plan = packaged(job, run_dir=run_dir).plan
         done = slurm.run(batch_script(plan))
         assert done.returncode == 0, done.stderr
-        assert slurm.calls("srun") == [[*step_argv(plan)[1:], *agent_argv(plan)]]
-        assert slurm.calls("srun")[0] == [
-            *options(plan.step),
-            "/opt/cpm/bin/python3",
-            f"{run_dir}/package",
-            str(run_dir),
-        ]
+        assert agent_argv(plan) == [AGENT_PYTHON, f"{run_dir}/package", str(run_dir)]
+        assert step_argv(plan) == ["srun", *options(plan.step)]
+        assert slurm.calls("srun") == [[*options(plan.step), "python3", f"{run_dir}/package", str(run_dir)]]
         assert slurm.left_behind() == []
 
     def test_pyxis_runs_the_agent_with_the_python_of_the_image(
@@ -159,30 +155,23 @@ class TestEnd:
     def test_its_exit_code_is_that_of_srun(self, code: int, slurm: StandIns, one_node: str) -> None:
         slurm.answers(exit_code=str(code))
         assert slurm.run(one_node).returncode == code
-        assert slurm.calls("scontrol") == []
-        assert slurm.calls("sbatch") == []
 
-    def test_a_job_that_stopped_with_a_checkpoint_is_requeued_once(self, slurm: StandIns, one_node: str) -> None:
+    def test_before_and_after_the_step_the_agent_is_asked(self, slurm: StandIns, one_node: str, run_dir: Path) -> None:
         slurm.answers(exit_code="85")
-        done = slurm.run(one_node)
-        assert done.returncode == 85
-        assert slurm.calls("scontrol") == [["requeue", "4711"]]
-        assert "stopped with a checkpoint before the time limit" in done.stdout
+        slurm.run(one_node)
+        of_run = [f"{run_dir}/package", str(run_dir)]
+        assert slurm.calls("python3") == [[*of_run, "begin"], [*of_run, "end", "85"]]
 
-    def test_where_slurm_refuses_to_requeue_it_says_how_to_go_on(
-        self, slurm: StandIns, one_node: str, run_dir: Path
-    ) -> None:
-        slurm.answers(exit_code="85", requeue_exit_code="1")
-        done = slurm.run(one_node)
-        assert done.returncode == 85
-        assert done.stderr.splitlines() == [f"cpm: Slurm refuses; to go on: sbatch {run_dir}/job.sbatch"]
+    def test_no_attempt_begins_that_the_agent_refuses(self, slurm: StandIns, one_node: str, run_dir: Path) -> None:
+        slurm.answers(begin_exit_code="1")
+        assert slurm.run(one_node).returncode == 1
+        assert slurm.calls("srun") == []
+        assert not (run_dir / "attempt-1").exists()
 
-    def test_a_site_that_does_not_requeue_gets_a_new_job(self, slurm: StandIns, run_dir: Path, tmp_path: Path) -> None:
-        slurm.answers(exit_code="85")
-        done = slurm.run(batch_script(written(tmp_path, MINIMAL, site=SITE + "requeue: false\n", run_dir=run_dir).plan))
-        assert done.returncode == 85
-        assert slurm.calls("scontrol") == []
-        assert slurm.calls("sbatch") == [["--dependency=afterany:4711", f"{run_dir}/job.sbatch"]]
+    def test_the_code_of_the_node_that_failed_first_counts(self, slurm: StandIns, one_node: str) -> None:
+        """srun knows only the highest, such as 143 of the nodes that it ended for the first."""
+        slurm.answers(exit_code="143", end_exit_code="3")
+        assert slurm.run(one_node).returncode == 3
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
     def test_a_signal_to_the_script_does_not_hide_how_srun_ends(

@@ -1,0 +1,186 @@
+"""The batch script's questions, with stand-ins for scontrol and sbatch that record how they are called."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT
+
+from cpm_cluster.launch.plan import Setting
+from cpm_cluster.runs.records import read_events
+from cpm_cluster.runs.run import read_submission
+
+STAND_IN = '#!/bin/sh\necho "$(basename "$0") $*" >> {calls}\n[ "$1" != --parsable ] || echo 4712\nexit {code}\n'
+
+
+@pytest.fixture
+def slurm(tmp_path, made_run):
+    """Makes a run in Slurm's hands; `ask(run, "end", "85")` calls the agent as its batch script does."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+
+    class Slurm:
+        def __init__(self):
+            self.answer(0)
+
+        def answer(self, code):
+            for name in ("scontrol", "sbatch"):
+                (folder / name).write_text(STAND_IN.format(calls=calls, code=code))
+                (folder / name).chmod(0o755)
+
+        def run(self, *, requeue=True, batch=(), nodes=1, trainer=True):
+            made = made_run(scheduler="slurm", requeue=requeue, batch=batch, nodes=nodes, trainer=trainer)
+            return made.submitted().phase("prepare").phase("training")
+
+        def ask(self, made, *words, **variables):
+            argv = [sys.executable, "-m", "cpm_cluster.agent", str(made.run.files.root), *words]
+            environment = {"PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "4711"}
+            return subprocess.run(argv, env=environment | variables, capture_output=True, text=True, timeout=30)
+
+        @property
+        def calls(self):
+            return calls.read_text().splitlines() if calls.exists() else []
+
+    return Slurm()
+
+
+def stopped(made, attempt=1):
+    return made.phase("training", attempt).exited(85, attempt, stopped_by="SIGUSR2")
+
+
+def events(made, kind):
+    return [event for event in read_events(made.run.files.root / "events") if event["kind"] == kind]
+
+
+def checkpoint(made, step):
+    return made.file("checkpoints/latest", f"step-{step}")
+
+
+def test_a_job_that_finished_is_left_alone(slurm):
+    done = slurm.ask(slurm.run().exited(0), "end", "0")
+    assert (done.returncode, slurm.calls, done.stderr) == (0, [], "")
+
+
+def test_a_job_that_stopped_with_a_checkpoint_is_requeued(slurm):
+    made = stopped(checkpoint(slurm.run(), 40))
+    done = slurm.ask(made, "end", "85")
+    assert done.returncode == 85
+    assert slurm.calls == ["scontrol requeue 4711"]
+    assert "saved and stopped before its time limit" in done.stderr
+    assert "starting again: start 1 of at most 3 without a new checkpoint" in done.stderr
+    (ending,) = events(made, "ending")
+    assert (ending["category"], ending["step"], ending["attempt"]) == ("time limit", 40, 1)
+
+
+def test_a_mistake_of_the_user_is_not_repeated(slurm):
+    made = slurm.run().rank_error(1, 5.0, user_error=True).exited(2)
+    done = slurm.ask(made, "end", "1")
+    assert (done.returncode, slurm.calls) == (2, [])
+    assert "the same job would end like this again\n  what to do: correct the data" in done.stderr
+
+
+def test_nor_is_a_cancelled_job(slurm):
+    done = slurm.ask(stopped(slurm.run().cancelled()), "end", "85")
+    assert (done.returncode, slurm.calls) == (85, [])
+
+
+def test_a_node_at_fault_is_left_out_of_the_next_attempt(slurm):
+    exclude = (Setting("exclude", "g2008", "job"),)
+    made = slurm.run(batch=exclude, nodes=2).event("error", "g2003", attempt=1, message="no GPU", blamed=["g2003"])
+    made.exited(3, node="g2003").exited(143, node="g2004", ended=2.0)
+    done = slurm.ask(made, "end", "143")
+    assert done.returncode == 3
+    assert slurm.calls == ["scontrol requeue 4711", "scontrol update JobId=4711 ExcNodeList=g2008,g2003"]
+
+
+def test_but_not_where_the_job_names_its_nodes(slurm):
+    made = slurm.run(batch=(Setting("nodelist", "g2003", "job"),))
+    made.event("error", "g2003", attempt=1, message="no GPU", blamed=["g2003"]).exited(3, node="g2003")
+    slurm.ask(made, "end", "3")
+    assert slurm.calls == ["scontrol requeue 4711"]
+
+
+def test_where_the_site_does_not_requeue_a_new_job_follows_and_is_the_runs(slurm):
+    made = stopped(slurm.run(requeue=False))
+    (made.run.files.root / "attempt-1").mkdir()
+    slurm.ask(made, "end", "85")
+    script = made.run.files.script
+    assert slurm.calls == [f"sbatch --parsable --dependency=afterany:4711 {script}"]
+    submission = read_submission(made.run)
+    assert (submission.job_id, submission.attempt) == ("4712", 2)
+
+
+def test_where_slurm_refuses_it_says_how_to_go_on(slurm):
+    slurm.answer(1)
+    made = stopped(slurm.run())
+    done = slurm.ask(made, "end", "85")
+    assert done.returncode == 85
+    assert f"scontrol requeue 4711 failed; to go on: sbatch {made.run.files.script}" in done.stderr
+
+
+def test_without_progress_it_is_not_started_for_ever(slurm):
+    made = checkpoint(slurm.run(), 40)
+    for attempt in range(1, 5):
+        stopped(made, attempt)
+        done = slurm.ask(made, "end", "85")
+    assert slurm.calls == ["scontrol requeue 4711"] * 3
+    assert "it ended like this 4 times (time limit) without a new checkpoint" in done.stderr
+
+
+def test_progress_gives_the_budget_back(slurm):
+    made = slurm.run()
+    for attempt in range(1, 7):
+        slurm.ask(stopped(checkpoint(made, 10 * attempt), attempt), "end", "85")
+    assert len(slurm.calls) == 6
+
+
+def test_every_attempt_says_in_slurms_log_that_it_begins(slurm):
+    made = slurm.run()
+    assert slurm.ask(made, "begin").stdout == "cpm: attempt 1 begins\n"
+    (made.run.files.root / "attempt-1").mkdir()
+    assert slurm.ask(made, "begin", SLURM_RESTART_COUNT="1").stdout == "cpm: attempt 2 begins\n"
+
+
+def test_what_slurm_ended_and_requeued_itself_is_recorded_by_the_next_attempt(slurm):
+    made = slurm.run().exited(143, stopped_by="SIGTERM")
+    (made.run.files.root / "attempt-1").mkdir()
+    said = "slurmstepd: error: *** JOB 4711 ON g2001 CANCELLED AT 2026-01-02T03:04:05 DUE TO PREEMPTION ***"
+    made.file("slurm-4711.log", f"cpm: attempt 1 begins\n{said}\n")
+    assert slurm.ask(made, "begin", SLURM_RESTART_COUNT="1").returncode == 0
+    assert [event["category"] for event in events(made, "ending")] == ["preempted"]
+
+
+def test_slurms_own_requeues_have_an_end_too(slurm):
+    made = slurm.run()
+    log = ""
+    for attempt in range(1, 6):
+        made.phase("training", attempt).exited(143, attempt, node="g2001", stopped_by="SIGTERM")
+        (made.run.files.root / f"attempt-{attempt}").mkdir()
+        said = "*** STEP 4711.0 ON g2001 CANCELLED AT 2026-01-02T03:04:05 DUE TO NODE FAILURE ***"
+        log += f"cpm: attempt {attempt} begins\nslurmstepd: error: {said}\nsrun: error: Node failure on g2002\n"
+        made.file("slurm-4711.log", log)
+        done = slurm.ask(made, "begin", SLURM_RESTART_COUNT=str(attempt))
+    assert done.returncode == 1
+    assert done.stderr == "cpm: no further attempt: it ended like this 5 times (node) without a new checkpoint\n"
+    assert {event["node"] for event in events(made, "ending")} == {"g2002"}
+
+
+def test_a_person_may_always_start_it_again(slurm):
+    made = slurm.run().exited(1).rank_error(0, 1.0)
+    assert slurm.ask(made, "begin").returncode == 0
+    assert slurm.ask(made, "begin", SLURM_RESTART_COUNT="0").returncode == 0
+
+
+def test_the_end_of_the_script_that_requeueing_brings_does_not_interrupt_it(slurm, tmp_path):
+    """Slurm ends the script as soon as the job is requeued: the nodes to leave out must still be told."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    made = slurm.run().event("error", "g2003", attempt=1, message="x", blamed=["g2003"]).exited(3, node="g2003")
+    kill = f"kill -{int(signal.SIGTERM)} $PPID\n"
+    scontrol.write_text(scontrol.read_text().replace("exit 0", kill + "exit 0"))
+    assert slurm.ask(made, "end", "3").returncode == 3
+    assert len(slurm.calls) == 2
+    assert os.access(scontrol, os.X_OK)
