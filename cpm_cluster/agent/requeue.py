@@ -18,7 +18,7 @@ from cpm_cluster.diagnosis.diagnose import diagnose
 from cpm_cluster.diagnosis.retry import BUDGETS, Decision, decide, read_endings
 from cpm_cluster.diagnosis.verdict import Verdict
 from cpm_cluster.runs.records import append_event, read_events
-from cpm_cluster.runs.run import Run, Submission, open_run, write_submission
+from cpm_cluster.runs.run import Run, Submission, open_run, read_submission, record_submission, write_submission
 from cpm_cluster.runs.state import read_state
 
 WRITER = "batch"
@@ -28,12 +28,20 @@ EXIT_FAILED = 1
 def begin(run_dir: Path) -> int:
     """Whether another attempt may start: 0, or 1 when Slurm's own requeues have used the budget up."""
     run = open_run(run_dir)
+    _take_over(run)
     refusal = _refusal(run) if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else None
     if refusal:
         print(f"cpm: no further attempt: {refusal}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     print(f"cpm: attempt {next_attempt(run.files)} begins", flush=True)
     return 0
+
+
+def _take_over(run: Run) -> None:
+    """A script that somebody gave to sbatch by hand makes its job the run's."""
+    submission, job = read_submission(run), os.environ["SLURM_JOB_ID"]
+    if submission is None or submission.job_id != job:
+        record_submission(run, Submission("slurm", job, platform.node(), next_attempt(run.files)))
 
 
 def _refusal(run: Run) -> str | None:

@@ -12,7 +12,7 @@ from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.cli.watch import current_state, settle
 from cpm_cluster.runs.records import append_event, write_json
 from cpm_cluster.runs.run import Run, RunError, find_run, read_submission
-from cpm_cluster.schedulers import open_scheduler
+from cpm_cluster.schedulers import SchedulerError, open_scheduler
 
 
 @click.command(
@@ -58,4 +58,8 @@ def cancel_run(run: Run) -> None:
         raise RunError(f"{run.id} was never submitted by cpm-submit; end a job that runs its script with scancel")
     write_json(run.files.cancel_request, {"time": time.time()})
     append_event(run.files.events("submitter"), "cancel")
-    open_scheduler(submission.scheduler).cancel(run, submission)
+    try:
+        open_scheduler(submission.scheduler).cancel(run, submission)
+    except SchedulerError:  # it goes on, and however it ends later, that is not why
+        run.files.cancel_request.unlink(missing_ok=True)
+        raise

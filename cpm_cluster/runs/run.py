@@ -122,8 +122,13 @@ def all_runs(runs_dir: Path) -> Iterator[Run]:
 
 
 def write_submission(run: Run, submission: Submission) -> None:
-    """Record that the scheduler has taken the run."""
-    write_json(run.files.submission, vars(submission) | {"format": 1})
+    """Record the job by which the scheduler knows the run."""
+    write_json(run.files.submission, {**vars(submission), "format": 1})
+
+
+def record_submission(run: Run, submission: Submission) -> None:
+    """Record that a person has handed the run over: the job, and when that was."""
+    write_submission(run, submission)
     append_event(run.files.events("submitter"), "submitted", job_id=submission.job_id)
 
 

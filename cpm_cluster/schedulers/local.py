@@ -25,7 +25,7 @@ from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.launch.sbatch import agent_argv
 from cpm_cluster.runs.job_end import JobEnd
 from cpm_cluster.runs.records import read_events
-from cpm_cluster.runs.run import Run, RunError, Submission, open_run, read_submission, write_submission
+from cpm_cluster.runs.run import Run, RunError, Submission, open_run, read_submission, record_submission
 from cpm_cluster.schedulers import IsAlive, SchedulerError
 
 NO_LIMIT_MIN = 366 * 24 * 60
@@ -196,7 +196,7 @@ def start(run: Run) -> None:
         stderr_to_stdout=True,
     )
     job = executor.submit(become_agent, agent_argv(plan))
-    write_submission(run, Submission("local", str(job.job_id), platform.node(), attempt))
+    record_submission(run, Submission("local", str(job.job_id), platform.node(), attempt))
 
 
 if __name__ == "__main__":

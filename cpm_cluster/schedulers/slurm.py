@@ -15,7 +15,7 @@ from cpm_cluster.agent.surroundings import newest_attempt, next_attempt
 from cpm_cluster.launch.plan import EXIT_STOPPED, LaunchPlan
 from cpm_cluster.launch.sbatch import batch_script
 from cpm_cluster.runs.job_end import JobEnd, recorded_job_end
-from cpm_cluster.runs.run import Run, Submission, write_submission
+from cpm_cluster.runs.run import Run, Submission, record_submission
 from cpm_cluster.runs.state import exit_records
 from cpm_cluster.schedulers import IsAlive, SchedulerError
 from cpm_cluster.schedulers.slurm_accounting import AccountedJob, accounted_jobs
@@ -69,7 +69,7 @@ class Scheduler:
         attempt = next_attempt(run.files)
         job_id = submit_script(run.files.script, run.files.root / "submitit", client_environment())
         submission = Submission("slurm", job_id, platform.node(), attempt)
-        write_submission(run, submission)
+        record_submission(run, submission)
         _answers.clear()  # squeue's last answer does not have it yet
         return submission
 

@@ -12,7 +12,7 @@ from processes import ROOT
 
 from cpm_cluster.launch.plan import Setting
 from cpm_cluster.runs.records import read_events
-from cpm_cluster.runs.run import read_submission
+from cpm_cluster.runs.run import Submission, read_submission, record_submission
 
 STAND_IN = '#!/bin/sh\necho "$(basename "$0") $*" >> {calls}\n[ "$1" != --parsable ] || echo 4712\nexit {code}\n'
 
@@ -34,7 +34,8 @@ def slurm(tmp_path, made_run):
 
         def run(self, *, requeue=True, batch=(), nodes=1, trainer=True):
             made = made_run(scheduler="slurm", requeue=requeue, batch=batch, nodes=nodes, trainer=trainer)
-            return made.submitted().phase("prepare").phase("training")
+            record_submission(made.run, Submission("slurm", "4711", "login"))
+            return made.phase("prepare").phase("training")
 
         def ask(self, made, *words, **variables):
             argv = [sys.executable, "-m", "cpm_cluster.agent", str(made.run.files.root), *words]
@@ -143,6 +144,15 @@ def test_every_attempt_says_in_slurms_log_that_it_begins(slurm):
     assert slurm.ask(made, "begin").stdout == "cpm: attempt 1 begins\n"
     (made.run.files.root / "attempt-1").mkdir()
     assert slurm.ask(made, "begin", SLURM_RESTART_COUNT="1").stdout == "cpm: attempt 2 begins\n"
+
+
+def test_a_script_that_somebody_submitted_by_hand_is_a_run_like_any_other(slurm, made_run):
+    made = made_run(scheduler="slurm")
+    slurm.ask(made, "begin")
+    assert read_submission(made.run).job_id == "4711"
+    assert [event["job_id"] for event in events(made, "submitted")] == ["4711"]
+    slurm.ask(made, "begin", SLURM_RESTART_COUNT="1")
+    assert len(events(made, "submitted")) == 1
 
 
 def test_what_slurm_ended_and_requeued_itself_is_recorded_by_the_next_attempt(slurm):
