@@ -30,6 +30,7 @@ lint: $(READY)
 
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/cold_start.py
+	$(BENCH)/bin/python benchmarks/launch_overhead.py
 
 clean:
 	rm -rf $(VENV) $(BENCH) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,7 +1,7 @@
 """What runs in a job, from the package's copy in the run directory.
 
-`python PACKAGE RUN_DIR` is this node's part of a run. The batch script asks `python PACKAGE RUN_DIR begin` whether to
-start another attempt, and leaves to `python PACKAGE RUN_DIR end CODE` what follows one.
+`python PACKAGE RUN_DIR` is this node's part of a run. After a restart the batch script asks
+`python PACKAGE RUN_DIR begin` whether to go on, and leaves to `python PACKAGE RUN_DIR end CODE` what follows one.
 """
 
 from __future__ import annotations

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
 
 from cpm_cluster.agent.surroundings import NodeError
 from cpm_cluster.launch.plan import Archive, LaunchPlan, NodeFacts
@@ -18,7 +17,6 @@ from cpm_cluster.runs.records import append_event
 CLIENTS = {"docker": "docker", "docker-rootless": "docker", "podman": "podman"}
 LOCK = "/var/tmp/cpm-image-{uid}.lock"
 PATIENCE_WITH_SLURM_S = 30
-LISTED = '{{.ID}}\t{{.Label "cpm.job"}}\t{{.Label "cpm.node"}}'
 
 
 def is_used(plan: LaunchPlan) -> bool:
@@ -70,19 +68,37 @@ def remove(plan: LaunchPlan, node: NodeFacts, events: Path) -> None:
     if container_id:
         state = _inspected(client, container_id).get("State", {})
         append_event(events, "container", attempt=node.attempt, id=container_id, state=state)
-        _run([client, "rm", "--force", "--volumes", container_id])
+        _remove(client, container_id)
     id_file.unlink(missing_ok=True)
 
 
 def sweep_orphans(plan: LaunchPlan, node: NodeFacts, events: Path) -> None:
-    """Remove what dead jobs left on this node; a job that Slurm still knows, or cannot be asked about, is alive."""
+    """Remove what dead jobs, and earlier attempts of this one, left on this node.
+
+    A job that Slurm still knows, or cannot be asked about, is alive. A rootless daemon has its data root for itself:
+    what another left there is dead.
+    """
     client = CLIENTS[plan.runtime]
-    listed = _run([client, "ps", "--all", "--filter", "label=cpm.job", "--format", LISTED])
-    for line in listed.stdout.decode("utf-8", "replace").splitlines():
-        container_id, job, name = (line.split("\t") + ["", ""])[:3]
-        if name == node.name and job != node.job_id and job.isdigit() and not _job_is_alive(job):
-            _run([client, "rm", "--force", "--volumes", container_id])
-            append_event(events, "orphan", attempt=node.attempt, id=container_id, job=job)
+    listed = _run([client, "ps", "--all", "--quiet", "--filter", "label=cpm.job"])
+    for container_id in listed.stdout.decode("utf-8", "replace").split():
+        labels = (_inspected(client, container_id).get("Config") or {}).get("Labels") or {}
+        is_here = labels.get("cpm.node") == node.name and _is_dead(labels, node)
+        if plan.runtime == "docker-rootless" or is_here:
+            _remove(client, container_id)
+            append_event(events, "orphan", attempt=node.attempt, id=container_id, job=labels.get("cpm.job"))
+
+
+def _is_dead(labels: Mapping[str, str], node: NodeFacts) -> bool:
+    job, attempt = labels.get("cpm.job", ""), labels.get("cpm.attempt", "")
+    if job == node.job_id:
+        return attempt.isdigit() and int(attempt) < node.attempt
+    return job.isdigit() and not _job_is_alive(job)
+
+
+def _remove(client: str, container_id: str) -> None:
+    """Killed first: podman would wait for as long as --stop-timeout says."""
+    _run([client, "kill", container_id])
+    _run([client, "rm", "--force", "--volumes", container_id])
 
 
 def _job_is_alive(job: str) -> bool:
@@ -134,6 +150,8 @@ def _alone() -> Iterator[None]:
 
 
 def _sha256(path: Path) -> str:
+    import hashlib  # OpenSSL takes 10 ms to load, and most launches find their image there
+
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):

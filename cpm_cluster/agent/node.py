@@ -22,6 +22,7 @@ from typing import IO
 from cpm_cluster.agent import containers, preflight, process_tree
 from cpm_cluster.agent.gathering import gather
 from cpm_cluster.agent.guard import PASSED_ON
+from cpm_cluster.agent.requeue import take_over
 from cpm_cluster.agent.rootless_docker import RootlessDocker
 from cpm_cluster.agent.surroundings import (
     SECRETS_FILE,
@@ -129,6 +130,8 @@ class NodeAgent:
         }
         if node.index == 0:
             self._forget_earlier_attempts()
+            if self.plan.scheduler == "slurm":
+                take_over(self.files.root, node.job_id, node.attempt)
         if containers.is_used(self.plan):
             lines = "".join(f"{name}={value}\n" for name, value in sorted(environment.items()))
             write_text(Path(node.environment_file), lines, 0o600)

@@ -26,22 +26,20 @@ EXIT_FAILED = 1
 
 
 def begin(run_dir: Path) -> int:
-    """Whether another attempt may start: 0, or 1 when Slurm's own requeues have used the budget up."""
-    run = open_run(run_dir)
-    _take_over(run)
-    refusal = _refusal(run) if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else None
+    """Whether Slurm's own restart of the job may go on: 0, or 1 when such restarts have used the budget up."""
+    refusal = _refusal(open_run(run_dir))
     if refusal:
         print(f"cpm: no further attempt: {refusal}", file=sys.stderr, flush=True)
         return EXIT_FAILED
-    print(f"cpm: attempt {next_attempt(run.files)} begins", flush=True)
     return 0
 
 
-def _take_over(run: Run) -> None:
+def take_over(run_dir: Path, job: str, attempt: int) -> None:
     """A script that somebody gave to sbatch by hand makes its job the run's."""
-    submission, job = read_submission(run), os.environ["SLURM_JOB_ID"]
+    run = open_run(run_dir)
+    submission = read_submission(run)
     if submission is None or submission.job_id != job:
-        record_submission(run, Submission("slurm", job, platform.node(), next_attempt(run.files)))
+        record_submission(run, Submission("slurm", job, platform.node(), attempt))
 
 
 def _refusal(run: Run) -> str | None:

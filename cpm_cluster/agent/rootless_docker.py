@@ -1,5 +1,8 @@
 """A rootless dockerd of this job's own, on this node, for this attempt; child of the agent, gone with it.
 
+Daemon and containers have a process namespace of their own, so that they cannot outlive the Slurm step, not even by
+SIGKILL: in control groups of version 1 runc gives a container a group below the step's, of which Slurm knows nothing.
+
 Two jobs of one user on a node cannot break each other: each has its runtime folder, and takes a data root that no other
 daemon holds. Data roots stay for the next job, so that an image is loaded once.
 """
@@ -22,10 +25,13 @@ from cpm_cluster.launch.plan import LaunchPlan, NodeFacts
 
 # Sockets may be 108 bytes long (unix(7)); tmpfs, since a network file system has no sockets.
 RUNTIME_FOLDERS = (Path("/dev/shm"), Path("/tmp"))
+# In the runtime folder, a link to the data root.
+DATA_ROOT = "data-root"
 DEFAULT_DATA_ROOT = "/var/tmp/cpm-docker-{uid}"
 MOST_DATA_ROOTS = 16
 START_PATIENCE_S = 60.0
 ANSWER_PATIENCE_S = 10.0
+ENDING_PATIENCE_S = 5.0
 STOP_PATIENCE_S = 15.0
 # In the daemon's log: its news, the trace of dockerd-rootless.sh, and rootlesskit's word that its child has ended.
 UNTELLING = re.compile(r"\+ |.*level=(?:debug|info|warning)|\[rootlesskit:\w+\s*\] error: .*exited: ")
@@ -52,9 +58,37 @@ class RootlessDocker:
         Raises:
             NodeError: it does not come up in a minute, is not rootless, or there is no docker to ask it with.
         """
-        shutil.rmtree(str(self.folder), ignore_errors=True)
-        self.folder.mkdir(mode=0o700)
         self._lock, data_root = _take_data_root(plan, self._node)
+        self._start(data_root)
+
+    def revive(self) -> None:
+        """Start it again where it was killed: only a daemon removes a container from its data root.
+
+        Nothing happens where it lives, never started, or cannot be started: the next one there finds the container.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        try:
+            data_root = Path(os.readlink(str(self.folder / DATA_ROOT)))
+            self._lock = self._lock or _locked(data_root)
+            if self._lock is not None:
+                self._start(data_root)
+        except (OSError, NodeError):
+            return
+
+    def require_running(self) -> None:
+        """Raise NodeError where it has ended, or does so now: docker notices before rootlesskit does."""
+        try:
+            if self._process is not None:
+                self._process.wait(ENDING_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            return
+        raise NodeError(f"its Docker daemon ended while the container ran ({self._log})", [self._node.name])
+
+    def _start(self, data_root: Path) -> None:
+        self._remove_folder()
+        self.folder.mkdir(mode=0o700)
+        (self.folder / DATA_ROOT).symlink_to(str(data_root))
         folders = ["--data-root", str(data_root), "--exec-root", f"{self.folder}/x"]
         folders += ["--pidfile", f"{self.folder}/docker.pid"]
         flags = {"DOCKERD_ROOTLESS_ROOTLESSKIT_FLAGS": f"--pidns --state-dir={self.folder}/rootlesskit"}
@@ -73,14 +107,17 @@ class RootlessDocker:
     def stop(self) -> bool:
         """End the daemon and remove its runtime folder; whether nothing is left of it."""
         ended = self._process is None or _end(self._process)
-        # some of it belongs to the user's subordinate ids: only a user namespace can remove that
+        self._remove_folder()
+        if self._lock is not None:
+            self._lock.close()
+        return ended and not self.folder.exists()
+
+    def _remove_folder(self) -> None:
+        """Some of it belongs to the user's subordinate ids: only a user namespace can remove that."""
         if self.folder.exists() and shutil.which("rootlesskit"):
             argv = ["rootlesskit", "rm", "-rf", str(self.folder)]
             subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         shutil.rmtree(str(self.folder), ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
-        return ended and not self.folder.exists()
 
     def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_PATIENCE_S
@@ -95,7 +132,8 @@ class RootlessDocker:
         raise NodeError(f"rootless dockerd {state}: {_last_error(self._log)}\n  all of it: {self._log}")
 
     def _ask(self) -> str | None:
-        argv = ["docker", "info", "--format", "{{.SecurityOptions}}"]
+        # without a server docker may say [] and exit 0
+        argv = ["docker", "info", "--format", "{{if .ID}}{{.SecurityOptions}}{{end}}"]
         environment = {**os.environ, **self.environment}
         try:
             done = subprocess.run(
@@ -108,7 +146,7 @@ class RootlessDocker:
                 f"docker cannot be run on this node ({error.strerror}): load the site's module for it (runtimes:"
                 " modules in the cluster file), or use another runtime"
             ) from error
-        return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
+        return done.stdout.decode("utf-8", "replace").strip() or None if done.returncode == 0 else None
 
 
 def _end(process: subprocess.Popen[bytes]) -> bool:
@@ -140,16 +178,23 @@ def _take_data_root(plan: LaunchPlan, node: NodeFacts) -> tuple[IO[str], Path]:
     base = data_root_base(plan) / node.name
     base.mkdir(mode=0o700, parents=True, exist_ok=True)
     for number in range(MOST_DATA_ROOTS):
-        lock = open(str(base / f"{number}.lock"), "w")  # noqa: SIM115 - held as long as the daemon lives
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            continue
         folder = base / str(number)
-        folder.mkdir(exist_ok=True)
-        return lock, folder
+        lock = _locked(folder)
+        if lock is not None:
+            folder.mkdir(exist_ok=True)
+            return lock, folder
     raise NodeError(f"{MOST_DATA_ROOTS} daemons of yours run on this node already ({base}); end some of them")
+
+
+def _locked(data_root: Path) -> IO[str] | None:
+    """The lock of a data root; None where another daemon holds it."""
+    lock = open(f"{data_root}.lock", "w")  # noqa: SIM115 - held as long as the daemon lives
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
 
 
 def _last_error(log: Path) -> str:

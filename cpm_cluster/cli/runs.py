@@ -11,7 +11,7 @@ import click
 
 from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.cli.progress_line import progress_line
-from cpm_cluster.cli.watch import as_data, current_state, settle
+from cpm_cluster.cli.watch import Look, as_data, current_state, settle
 from cpm_cluster.runs.run import Run, all_runs
 from cpm_cluster.runs.state import State
 from cpm_cluster.schedulers import SchedulerError
@@ -27,7 +27,8 @@ from cpm_cluster.schedulers import SchedulerError
 @options.as_json
 def command(limit: int, runs_dir: Path, as_json: bool) -> int:
     """List runs, the newest first."""
-    rows = [(run, _state(run)) for run in islice(all_runs(runs_dir), limit)]
+    look = Look()
+    rows = [(run, _state(run, look)) for run in islice(all_runs(runs_dir), limit)]
     if as_json:
         data = [_as_data(run, state) for run, state in rows]
         click.echo(json.dumps(data, indent=1, ensure_ascii=False))
@@ -40,10 +41,10 @@ def command(limit: int, runs_dir: Path, as_json: bool) -> int:
     return exit_codes.OK
 
 
-def _state(run: Run) -> State | str:
+def _state(run: Run, look: Look) -> State | str:
     """One run that only another machine knows about must not hide the others: its state is why it is not known."""
     try:
-        return current_state(run)
+        return current_state(run, look)
     except SchedulerError as error:
         return str(error)
 

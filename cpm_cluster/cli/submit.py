@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from cpm_cluster.cli import exit_codes, options
+from cpm_cluster.cli import exit_codes, here, options
+from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.launch.prepare import Prepared, prepare, read_job
-from cpm_cluster.launch.resolve import Submitter
-from cpm_cluster.specs.catalogue import Catalogue, default_catalogue, packaged_configs, packaged_jobs
-
-if TYPE_CHECKING:
-    from cpm_cluster.launch.rehearsal import Stage
-    from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.launch.staging import read_staged, staged_rehearsal, variables
 
 EPILOG = (
     """\
@@ -74,7 +67,7 @@ def command(
         raise click.UsageError("--dry-run, --export, --explain and --detach exclude each other")
     if rehearsing and (export is not None or explain is not None or detach):
         raise click.UsageError("--rehearse goes with --dry-run alone: a rehearsal is watched to its end")
-    job = _found(job)
+    job = here.job_file(job)
     if rehearsing:
         return _rehearse(job, overrides, runs_dir, as_json, dry_run)
     prepared = _prepare(job, overrides, runs_dir)
@@ -90,68 +83,32 @@ def command(
     return _export(prepared, job, export, as_json) if export else _submit(prepared, job, detach, as_json)
 
 
-def _found(job: Path) -> Path:
-    """The job file; a name that no file has may be one of the jobs that ship with the package."""
-    shipped = packaged_jobs() / job.with_suffix(".yaml").name
-    return shipped if not job.exists() and len(job.parts) == 1 and shipped.is_file() else job
-
-
-def _read(job: Path, overrides: tuple[str, ...], own_configs: bool = True) -> JobSpec:
-    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    catalogue = default_catalogue(Path.cwd(), config_home)
-    if not own_configs:
-        catalogue = Catalogue((packaged_configs(),))
-    return read_job(job, overrides, catalogue, has_slurm=shutil.which("sbatch") is not None)
-
-
 def _prepare(job: Path, overrides: tuple[str, ...], runs_dir: Path) -> Prepared:
     from cpm_cluster.runs.run import new_run_id, run_directory
 
-    spec = _read(job, overrides)
+    spec = read_job(job, overrides, here.catalogue(), here.has_slurm())
     run_id = new_run_id(spec.name)
-    return prepare(spec, run_id, run_directory(runs_dir, run_id), _submitter())
-
-
-def _submitter() -> Submitter:
-    return Submitter(sys.executable, f"{os.getuid()}:{os.getgid()}")
+    return prepare(spec, run_id, run_directory(runs_dir, run_id), here.submitter())
 
 
 def _rehearse(job: Path, overrides: tuple[str, ...], runs_dir: Path, as_json: bool, dry_run: bool) -> int:
     from cpm_cluster.cli.make_run import make_run
     from cpm_cluster.cli.rehearse import run_rehearsal
-    from cpm_cluster.launch import rehearsal
     from cpm_cluster.runs.run import new_run_id, run_directory
     from cpm_cluster.schedulers import open_scheduler
 
-    stage = _stage()
-    # in the sandbox the user's image file describes a stand-in, which lacks what the job asks for
-    written = _read(job, overrides, own_configs=stage != "sandbox")
-    staged = _read(job, (*rehearsal.overrides(written, stage), *overrides))
-    run_id = new_run_id(f"{staged.name[:53]}-rehearsal")
+    surroundings = here.surroundings()
+    os.environ.update(variables(surroundings))
+    staged = read_staged(job, overrides, here.catalogue(), surroundings)
+    run_id = new_run_id(staged.name)
     run_dir = run_directory(runs_dir, run_id)
-    missing = {path for path in staged.mounts if stage != "slurm" and not os.path.exists(path)}
-    found = rehearsal.rehearse(written, staged, stage, str(run_dir), missing)
-    prepared = prepare(found.spec, run_id, run_dir, _submitter())
+    rehearsal = staged_rehearsal(staged, run_dir, os.path.exists)
+    prepared = prepare(rehearsal.spec, run_id, run_dir, here.submitter())
     if dry_run:
         return _show(prepared, as_json)
     scheduler = open_scheduler(prepared.plan.scheduler)
     scheduler.require(prepared.plan)
-    return run_rehearsal(make_run(prepared, job), scheduler, found, as_json)
-
-
-def _stage() -> Stage:
-    """Where a rehearsal takes place: the sandbox where it is up, the cluster of this machine, or this machine alone."""
-    from cpm_cluster.sandbox.state import Sandbox
-
-    if shutil.which("sbatch") is None:
-        return "local"
-    sandbox = Sandbox().slurm_conf
-    configured = "SLURM_CONF" in os.environ or Path("/etc/slurm/slurm.conf").exists()
-    if not configured and sandbox.exists():
-        os.environ["SLURM_CONF"] = str(sandbox)
-    if os.environ.get("SLURM_CONF") == str(sandbox):
-        return "sandbox"
-    return "slurm" if configured else "local"
+    return run_rehearsal(make_run(prepared, job), scheduler, rehearsal, as_json)
 
 
 def _explain(prepared: Prepared, key: str, as_json: bool) -> int:
@@ -171,10 +128,24 @@ def _explain(prepared: Prepared, key: str, as_json: bool) -> int:
 def _show(prepared: Prepared, as_json: bool) -> int:
     from cpm_cluster.cli.dry_run import as_data, as_text
 
-    click.echo(
-        json.dumps(as_data(prepared), indent=1, ensure_ascii=False) if as_json else as_text(prepared), nl=as_json
-    )
+    expected = _expected_start(prepared.plan)
+    if as_json:
+        click.echo(json.dumps(as_data(prepared, expected), indent=1, ensure_ascii=False))
+    else:
+        click.echo(as_text(prepared, expected), nl=False)
     return exit_codes.DOES_NOT_FIT if prepared.fit.ruled_out else exit_codes.OK
+
+
+def _expected_start(plan: LaunchPlan) -> str:
+    """What this machine's Slurm says of the job: when it would start, or why never; empty where there is no Slurm."""
+    if plan.scheduler != "slurm" or not here.has_slurm():
+        return ""
+    from cpm_cluster.schedulers import SchedulerError, open_scheduler
+
+    try:
+        return open_scheduler(plan.scheduler).require(plan)
+    except SchedulerError as error:
+        return str(error)
 
 
 def _export(prepared: Prepared, job: Path, target: Path, as_json: bool) -> int:
@@ -201,5 +172,7 @@ def _submit(prepared: Prepared, job: Path, detach: bool, as_json: bool) -> int:
     from cpm_cluster.schedulers import open_scheduler
 
     scheduler = open_scheduler(prepared.plan.scheduler)
-    scheduler.require(prepared.plan)
+    expected = scheduler.require(prepared.plan)
+    if expected:
+        click.echo(expected, err=True)
     return start(make_run(prepared, job), scheduler, detach, as_json)

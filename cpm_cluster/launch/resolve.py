@@ -10,6 +10,7 @@ from cpm_cluster.launch.environment import environment
 from cpm_cluster.launch.origins import set_by
 from cpm_cluster.launch.plan import Container, LaunchPlan, Program, Setting
 from cpm_cluster.launch.runtimes import pyxis
+from cpm_cluster.launch.runtimes.docker import workdir_setting
 from cpm_cluster.launch.slurm_options import batch_options, cpus_per_node, interactive_options, step_options
 from cpm_cluster.launch.trainer import trainer_settings
 from cpm_cluster.specs.checks import CONTAINER_RUNTIMES, runtime_obstacle
@@ -39,6 +40,8 @@ def resolve(spec: JobSpec, run_id: str, run_dir: str, submitter: Submitter) -> L
     if box and runtime == "pyxis":
         step += tuple(pyxis.step_options(box.image, box.mounts, workdir, workdir_set_by))
         interactive += tuple(pyxis.shell_options(box.image, (m for m in box.mounts if m.source != run_dir)))
+        if spec.container.workdir:
+            interactive += (workdir_setting("container-workdir", workdir, workdir_set_by),)
     return LaunchPlan(
         run_id=run_id,
         run_dir=run_dir,

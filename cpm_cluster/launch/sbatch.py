@@ -56,8 +56,10 @@ export CPM_NODES=${nodes//$'\n'/,}"""
 _PORT = "export CPM_MASTER_PORT=$((61000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 4536))"
 
 _BEGIN = """\
-# An earlier attempt that Slurm ended itself, by preemption or for a node that failed, counts against its budget.
-"${agent[@]}" begin || exit $?"""
+# An attempt that Slurm ended itself, by preemption or for a node that failed, counts against its budget.
+if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then
+    "${agent[@]}" begin || exit $?
+fi"""
 
 _ATTEMPT = """\
 attempt=1
@@ -65,7 +67,8 @@ while [ -e "$run_dir/attempt-$attempt" ]; do
     attempt=$((attempt + 1))
 done
 mkdir "$run_dir/attempt-$attempt"
-export CPM_ATTEMPT=$attempt"""
+export CPM_ATTEMPT=$attempt
+echo "cpm: attempt $attempt begins\""""
 
 _RUN = """\
 # A trapped signal ends `wait` early; the last one, after the step has ended, tells the step's own exit code.
@@ -100,7 +103,7 @@ def batch_script(plan: LaunchPlan) -> str:
     """The script that `sbatch` takes; a node's command line is in it as a comment."""
     parts = [
         "\n".join(["#!/bin/bash", *_heading(plan), *_directives(plan)]),
-        *_modules(plan),
+        *load_modules(plan),
         _STRICT,
         f"run_dir={shlex.quote(plan.run_dir)}",
         _SCRUB,
@@ -122,6 +125,13 @@ def agent_argv(plan: LaunchPlan) -> list[str]:
 def step_argv(plan: LaunchPlan) -> list[str]:
     """The srun of the batch script, without the program."""
     return ["srun", *options(plan.step)]
+
+
+def load_modules(plan: LaunchPlan) -> list[str]:
+    """Lines of bash that load the plan's modules, or end the script with a sentence."""
+    if not plan.modules:
+        return []
+    return [_MODULES + shlex.join(["module", "load", *plan.modules]) + _MODULE_MISSING]
 
 
 def by_hand(plan: LaunchPlan) -> list[str]:
@@ -179,12 +189,6 @@ def _directive(setting: Setting) -> str:
     if text.split() != [text] or not text.isprintable() or any(c in text for c in "\"'\\#"):
         raise ValueError(f"{setting.name} cannot be written as a directive: {printable(text)}")
     return text
-
-
-def _modules(plan: LaunchPlan) -> list[str]:
-    if not plan.modules:
-        return []
-    return [_MODULES + shlex.join(["module", "load", *plan.modules]) + _MODULE_MISSING]
 
 
 def _array(name: str, argv: Sequence[str]) -> str:

@@ -71,13 +71,15 @@ def take_snapshot(source: Path, target: Path) -> Snapshot:
 
 
 def copy_package(target: Path) -> None:
-    """Our own agent and trainer, runnable as `python TARGET RUN_DIR` with the standard library alone."""
+    """Our own agent and trainer, runnable as `python TARGET RUN_DIR` with the standard library alone.
+
+    Bytecode comes along: times of files are kept, so that it stays valid for the same Python.
+    """
     package = Path(cpm_cluster.__file__).parent
-    ignore = shutil.ignore_patterns("__pycache__")
     for part in PACKAGE_PARTS:
         source, copy = package / part, target / "cpm_cluster" / part
         if source.is_dir():
-            shutil.copytree(source, copy, ignore=ignore)
+            shutil.copytree(source, copy)
         else:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cpm_cluster.specs.nodes import MapNode, Node, ScalarNode, read_yaml
@@ -15,21 +15,42 @@ SUFFIX = {"tokenizers": ".txt"}
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Config folders, the first wins; each holds profiles/, clusters/, models/, images/, tokenizers/, gpus.yaml."""
+    """Config folders, the first wins; each holds profiles/, clusters/, models/, images/, tokenizers/, gpus.yaml.
+
+    The last is what ships with the package; before it, `image_folder` (see `beside_archives`) may describe images.
+    """
 
     folders: tuple[Path, ...]
+    image_folder: Path | None = None
+    shipped_images_first: bool = False
+
+    def beside_archives(self, image_folder: str | None) -> Catalogue:
+        """The same with the files that a cluster keeps beside its image archives: NAME.yaml of NAME.tar."""
+        return replace(self, image_folder=Path(image_folder) if image_folder else None)
+
+    def without_stand_ins(self) -> Catalogue:
+        """The same where an image that ships with the package is described as it is published, whoever changed that."""
+        return replace(self, shipped_images_first=True)
 
     def find(self, kind: str, name: str) -> Path | None:
         """The file of a named config; an image's name has `-` for `:` and `/` in its file."""
         stem = name.replace(":", "-").replace("/", "-") if kind == "images" else name
         if "/" in stem:
             return None
-        candidates = (folder / kind / (stem + SUFFIX.get(kind, ".yaml")) for folder in self.folders)
+        candidates = (folder / (stem + SUFFIX.get(kind, ".yaml")) for folder in self._places(kind))
         return next((path for path in candidates if os.path.isfile(path)), None)  # Path.is_file raises on long names
 
     def names(self, kind: str) -> list[str]:
         suffix = SUFFIX.get(kind, ".yaml")
-        return sorted({path.name.removesuffix(suffix) for f in self.folders for path in (f / kind).glob("*" + suffix)})
+        return sorted({path.name.removesuffix(suffix) for f in self._places(kind) for path in f.glob("*" + suffix)})
+
+    def _places(self, kind: str) -> list[Path]:
+        """The folders of one kind of config, the first wins."""
+        *own, shipped = (folder / kind for folder in self.folders)
+        if kind != "images":
+            return [*own, shipped]
+        beside = [self.image_folder] if self.image_folder else []
+        return [shipped, *own, *beside] if self.shipped_images_first else [*own, *beside, shipped]
 
     def load(self, kind: str, name: ScalarNode, key: str, beside: Path, problems: list[Problem]) -> MapNode | None:
         """The config that a job file names, or the path that it gives (relative to `beside`)."""

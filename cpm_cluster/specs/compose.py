@@ -52,9 +52,26 @@ def load_job(path: Path, overrides: Sequence[str], catalogue: Catalogue, detecte
     sets = [node for text in overrides if (node := parse_override(text, problems))]
     if job is None:
         raise SpecError(problems)
-    for node in sets:
+    return compose_job(path, [job, *sets], catalogue, detected_cluster, problems)
+
+
+def compose_job(
+    path: Path, layers: Sequence[MapNode], catalogue: Catalogue, detected_cluster: str, problems: list[Problem]
+) -> JobSpec:
+    """As `load_job`, of a job in layers, the last one winning; relative paths start at the folder of `path`.
+
+    Raises:
+        SpecError: `problems`, and everything else that is wrong.
+    """
+    return _Composition(path, layered(layers), catalogue, detected_cluster, problems).compose()
+
+
+def layered(layers: Sequence[MapNode]) -> MapNode:
+    """The layers as one; a part of a model or an image changes what a lower layer names."""
+    job, *others = layers
+    for node in others:
         job = merged(_expand_references(job, node), node)
-    return _Composition(path, job, catalogue, detected_cluster, problems).compose()
+    return job
 
 
 def parse_override(text: str, problems: list[Problem]) -> MapNode | None:
@@ -101,6 +118,7 @@ class _Composition:
 
     def compose(self) -> JobSpec:
         cluster_node, cluster = self._named("cluster", "clusters", Cluster)
+        self.catalogue = self.catalogue.beside_archives(cluster.image_folder if cluster else None)
         profile_node, profile = self._named("profile", "profiles", Profile)
         tree = merged(merged(self._cluster_defaults(cluster_node), self._profile_layer(profile_node)), self.job)
         spec: JobSpec = Section(JobSpec).read(tree, "", self.reading)

@@ -48,44 +48,53 @@ OLD_NAMES = {
 }
 TORCH_NAMES_SINCE = (2, 2)
 
+Finding = tuple[str, str]  # (variable, what is wrong with it)
+
 
 def lint_environment(spec: JobSpec) -> Iterator[str]:
     """Warnings about the NCCL settings of a job and its cluster, for the NCCL and torch versions of its image."""
     settings = {**spec.cluster.env, **spec.env}
     yield from _lint_image(spec, settings)
-    nccl = _version(spec.image.nccl if spec.image else None)
-    for name, value in settings.items():
-        if name.startswith("NCCL_"):
-            yield from _lint_one(name, value, nccl)
-    yield from _lint_fabric(spec, settings)
-    torch = _version(spec.image.torch if spec.image else None)
-    if torch and torch < TORCH_NAMES_SINCE:
-        for name in settings:
-            if name.startswith("TORCH_NCCL_"):
-                version = ".".join(map(str, torch))
-                yield f"env.{name}: torch {version} of the image reads {name[6:]} (new names since 2.2)"
+    findings = [*_lint_each(spec, settings), *_lint_fabric(spec, settings), *_lint_torch(spec, settings)]
+    yield from (f"{_setter(spec, name)}: {what}" for name, what in findings)
     if spec.engine == "bmtrain" and any(name.startswith("TORCH_NCCL_") for name in spec.env):
         yield "env: BMTrain calls NCCL itself, so TORCH_NCCL_* variables do nothing for it"
+
+
+def _setter(spec: JobSpec, name: str) -> str:
+    """The key that sets a variable; of the cluster file with its place, which the job file does not show."""
+    if name in spec.env:
+        return f"env.{name}"
+    origin = spec.origins.get(f"cluster.env.{name}")
+    return f"cluster.env.{name} ({origin.where})" if origin else f"cluster.env.{name}"
 
 
 def _version(text: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in (text or "").split("+")[0].split(".")[:2] if part.isdigit())
 
 
+def _lint_each(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    nccl = _version(spec.image.nccl if spec.image else None)
+    for name, value in settings.items():
+        if name.startswith("NCCL_"):
+            yield from ((name, what) for what in _lint_one(name, value, nccl))
+
+
 def _lint_one(name: str, value: str, nccl: tuple[int, ...]) -> Iterator[str]:
+    """What is wrong with one variable, whoever set it."""
     if name in ("NCCL_TIMEOUT", "NCCL_SOCKET_TIMEOUT"):
-        yield f"env.{name}: is in many public scripts, but NCCL has no such variable"
+        yield "is in many public scripts, but NCCL has no such variable"
     elif name not in KNOWN and not name.startswith(PLUGIN_PREFIXES):
         meant = ["NCCL_" + near for near in nearest(name[5:], (known[5:] for known in KNOWN))]
         hint = f" (did you mean {listed(meant)}?)" if meant else ""
-        yield f"env.{name}: is not a variable of NCCL{hint}"
+        yield f"is not a variable of NCCL{hint}"
     if name in OLD_NAMES:
-        yield f"env.{name}: {OLD_NAMES[name]}"
+        yield OLD_NAMES[name]
     if name == "NCCL_IB_GID_INDEX" and nccl >= (2, 21):
-        yield f"env.{name}: NCCL 2.21 and newer choose the GID themselves; remove it"
+        yield "NCCL 2.21 and newer choose the GID themselves; remove it"
     cards = [card.split(":")[0] for card in value.removeprefix("^").split(",")] if "=" not in value else []
     if name == "NCCL_IB_HCA" and "mlx5_1" in cards:
-        yield f"env.{name}: names are prefixes, so mlx5_1 also means mlx5_10…; start the list with ="
+        yield "names are prefixes, so mlx5_1 also means mlx5_10…; start the list with ="
 
 
 def _lint_image(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[str]:
@@ -95,9 +104,18 @@ def _lint_image(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[str]:
             yield f"env.{name}: the image sets it to {value}; write it here if that is not the cluster's"
 
 
-def _lint_fabric(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[str]:
+def _lint_fabric(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
     if settings.get("NCCL_IB_DISABLE") == "1" and spec.cluster.network.infiniband:
-        yield f"env.NCCL_IB_DISABLE: {spec.cluster_name} has InfiniBand; this sends all traffic over sockets"
+        yield "NCCL_IB_DISABLE", f"{spec.cluster_name} has InfiniBand; this sends all traffic over sockets"
     nvlink = spec.cluster.nvlink if spec.cluster.nvlink is not None else spec.gpu is not None and spec.gpu.nvlink
     if settings.get("NCCL_P2P_DISABLE") == "1" and nvlink:
-        yield "env.NCCL_P2P_DISABLE: the GPUs have NVLink; this sends their traffic through host memory"
+        yield "NCCL_P2P_DISABLE", "the GPUs have NVLink; this sends their traffic through host memory"
+
+
+def _lint_torch(spec: JobSpec, settings: Mapping[str, str]) -> Iterator[Finding]:
+    torch = _version(spec.image.torch if spec.image else None)
+    if torch and torch < TORCH_NAMES_SINCE:
+        version = ".".join(map(str, torch))
+        for name in settings:
+            if name.startswith("TORCH_NCCL_"):
+                yield name, f"torch {version} of the image reads {name[6:]} (new names since 2.2)"

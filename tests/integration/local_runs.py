@@ -291,7 +291,7 @@ class Terminal:
         if self.pid == 0:
             environment = {**runs.environment, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24", **env}
             os.chdir(runs.jobs)
-            os.execve(argv[0], argv, environment)
+            os.execvpe(argv[0], argv, environment)
         os.set_blocking(self.descriptor, False)
         self.raw = ""
         self.code: int | None = None

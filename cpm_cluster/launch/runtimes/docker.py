@@ -38,6 +38,8 @@ def shell_options(plan: LaunchPlan, node: NodeFacts) -> Iterator[Setting]:
         if variable.name != "PYTHONPATH":
             yield Setting("env", f"{variable.name}={variable.value}", variable.set_by)
     yield from _user_and_mounts(container, skip=plan.run_dir)
+    if not plan.workdir.startswith(f"{plan.run_dir}/"):
+        yield workdir_setting("workdir", plan.workdir, plan.workdir_set_by)
 
 
 def container_argv(program: str, plan: LaunchPlan, settings: Iterable[Setting], inside: Sequence[str]) -> list[str]:

@@ -8,9 +8,9 @@ import json
 import pytest
 from made_runs import container
 
-from cpm_cluster.agent.containers import check_archive, ensure_image, remove
+from cpm_cluster.agent.containers import check_archive, ensure_image, remove, sweep_orphans
 from cpm_cluster.agent.surroundings import NodeError, node_facts
-from cpm_cluster.launch.plan import Archive
+from cpm_cluster.launch.plan import Archive, NodeFacts
 from cpm_cluster.runs.records import read_events
 
 
@@ -106,3 +106,51 @@ def test_a_container_is_recorded_and_removed(docker, plan_with, archive):
     assert [(words[1], words[-1]) for words in removed] == [("--force", "c0ffee")]
     (event,) = read_events(run.files.root / "events")
     assert (event["id"], event["state"]["OOMKilled"]) == ("c0ffee", True), json.dumps(event)
+
+
+LEFT_BEHIND = {
+    "of-a-dead-job": {"cpm.job": "17", "cpm.node": "g2001", "cpm.attempt": "1"},
+    "of-a-live-job": {"cpm.job": "18", "cpm.node": "g2001", "cpm.attempt": "1"},
+    "of-another-node": {"cpm.job": "17", "cpm.node": "g2002", "cpm.attempt": "1"},
+    "of-an-earlier-attempt": {"cpm.job": "20", "cpm.node": "g2001", "cpm.attempt": "2"},
+    "of-this-attempt": {"cpm.job": "20", "cpm.node": "g2001", "cpm.attempt": "3"},
+    "without-labels": None,
+}
+
+
+@pytest.fixture
+def node_with_containers(tmp_path, monkeypatch):
+    """A stand-in of docker and podman with containers, and a squeue that knows job 18; their calls."""
+    labels = {name: json.dumps([{"Config": {"Labels": found}}]) for name, found in LEFT_BEHIND.items()}
+    inspected = "\n".join(f"    'inspect {name}') echo '{text}' ;;" for name, text in labels.items())
+    listed = " ".join(LEFT_BEHIND)
+    program = f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\ncase "$*" in\n    ps*) echo {listed} ;;\n{inspected}\nesac\n'
+    squeue = '#!/bin/sh\ncase "$*" in *--jobs=18*) echo RUNNING ;; *) echo Invalid job id >&2; exit 1 ;; esac\n'
+    for name, text in (("docker", program), ("podman", program), ("squeue", squeue)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return lambda: (tmp_path / "calls").read_text().splitlines()
+
+
+def swept(made_run, runtime, tmp_path):
+    """Names of the containers whose removal is recorded as an event."""
+    plan = made_run(runtime=runtime, container=container()).run.plan
+    node = NodeFacts("g2001", 0, "20", 3, "127.0.0.1", "61000", (), "", "")
+    sweep_orphans(plan, node, tmp_path / "events" / "g2001.jsonl")
+    return {event["id"] for event in read_events(tmp_path / "events") if event["kind"] == "orphan"}
+
+
+@pytest.mark.parametrize("runtime", ["docker", "podman"])
+def test_what_dead_jobs_and_earlier_attempts_left_on_the_node_is_swept(
+    node_with_containers, made_run, tmp_path, runtime
+):
+    found = swept(made_run, runtime, tmp_path)
+    assert found == {"of-a-dead-job", "of-an-earlier-attempt"}
+    for name in found:
+        calls = [call for call in node_with_containers() if call.endswith(f" {name}")]
+        assert calls[-2:] == [f"kill {name}", f"rm --force --volumes {name}"]
+
+
+def test_a_rootless_daemon_sweeps_all_that_is_in_its_data_root(node_with_containers, made_run, tmp_path):
+    assert swept(made_run, "docker-rootless", tmp_path) == set(LEFT_BEHIND)

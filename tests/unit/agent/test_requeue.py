@@ -10,6 +10,7 @@ import sys
 import pytest
 from processes import ROOT
 
+from cpm_cluster.agent.requeue import take_over
 from cpm_cluster.launch.plan import Setting
 from cpm_cluster.runs.records import read_events
 from cpm_cluster.runs.run import Submission, read_submission, record_submission
@@ -139,19 +140,12 @@ def test_progress_gives_the_budget_back(slurm):
     assert len(slurm.calls) == 6
 
 
-def test_every_attempt_says_in_slurms_log_that_it_begins(slurm):
-    made = slurm.run()
-    assert slurm.ask(made, "begin").stdout == "cpm: attempt 1 begins\n"
-    (made.run.files.root / "attempt-1").mkdir()
-    assert slurm.ask(made, "begin", SLURM_RESTART_COUNT="1").stdout == "cpm: attempt 2 begins\n"
-
-
-def test_a_script_that_somebody_submitted_by_hand_is_a_run_like_any_other(slurm, made_run):
+def test_a_script_that_somebody_submitted_by_hand_is_a_run_like_any_other(made_run):
     made = made_run(scheduler="slurm")
-    slurm.ask(made, "begin")
+    take_over(made.run.files.root, "4711", 1)
     assert read_submission(made.run).job_id == "4711"
     assert [event["job_id"] for event in events(made, "submitted")] == ["4711"]
-    slurm.ask(made, "begin", SLURM_RESTART_COUNT="1")
+    take_over(made.run.files.root, "4711", 2)
     assert len(events(made, "submitted")) == 1
 
 
@@ -160,7 +154,7 @@ def test_what_slurm_ended_and_requeued_itself_is_recorded_by_the_next_attempt(sl
     (made.run.files.root / "attempt-1").mkdir()
     said = "slurmstepd: error: *** JOB 4711 ON g2001 CANCELLED AT 2026-01-02T03:04:05 DUE TO PREEMPTION ***"
     made.file("slurm-4711.log", f"cpm: attempt 1 begins\n{said}\n")
-    assert slurm.ask(made, "begin", SLURM_RESTART_COUNT="1").returncode == 0
+    assert slurm.ask(made, "begin").returncode == 0
     assert [event["category"] for event in events(made, "ending")] == ["preempted"]
 
 
@@ -173,16 +167,16 @@ def test_slurms_own_requeues_have_an_end_too(slurm):
         said = "*** STEP 4711.0 ON g2001 CANCELLED AT 2026-01-02T03:04:05 DUE TO NODE FAILURE ***"
         log += f"cpm: attempt {attempt} begins\nslurmstepd: error: {said}\nsrun: error: Node failure on g2002\n"
         made.file("slurm-4711.log", log)
-        done = slurm.ask(made, "begin", SLURM_RESTART_COUNT=str(attempt))
+        done = slurm.ask(made, "begin")
     assert done.returncode == 1
     assert done.stderr == "cpm: no further attempt: it ended like this 5 times (node) without a new checkpoint\n"
     assert {event["node"] for event in events(made, "ending")} == {"g2002"}
 
 
-def test_a_person_may_always_start_it_again(slurm):
+def test_what_a_person_has_slurm_restart_is_let_go_on(slurm):
+    """`scontrol requeue` after a mistake of the user's: whoever does that knows why."""
     made = slurm.run().exited(1).rank_error(0, 1.0)
     assert slurm.ask(made, "begin").returncode == 0
-    assert slurm.ask(made, "begin", SLURM_RESTART_COUNT="0").returncode == 0
 
 
 def test_the_end_of_the_script_that_requeueing_brings_does_not_interrupt_it(slurm, tmp_path):

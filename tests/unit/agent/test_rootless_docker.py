@@ -284,3 +284,63 @@ def test_what_an_earlier_start_left_in_its_folder_is_gone(daemon, plan, site):
     (docker.folder / "docker.sock").write_text("stale")
     docker.start(plan)
     assert (docker.folder / "docker.sock").read_text() == ""
+
+
+def test_its_processes_end_with_the_first_of_them(daemon, plan, site):
+    """In a process namespace: Slurm's SIGKILL does not reach a container's own control group of version 1."""
+    daemon().start(plan)
+    environment = dict(line.partition("=")[::2] for line in site.said("environment").splitlines())
+    assert "--pidns" in environment["DOCKERD_ROOTLESS_ROOTLESSKIT_FLAGS"].split()
+
+
+def test_a_killed_daemon_is_revived_on_its_own_data_root(daemon, plan, site):
+    """The first data root is free by then, and has not the container that is to be removed."""
+    first, second = daemon(job="7"), daemon(job="8")
+    first.start(plan)
+    second.start(plan)
+    killed = site.pids()
+    first.stop()
+    for pid in killed:
+        os.kill(pid, 9)
+    wait_for(lambda: all(map(is_gone, killed)))
+    second.revive()
+    words = site.said("argv").split("\0")
+    assert words[words.index("--data-root") + 1] == f"{data_root_base(plan)}/g2001/1"
+    assert site.pids() != killed
+    assert second.stop()
+
+
+def test_the_guard_revives_the_daemon_of_an_agent_that_was_killed(daemon, plan, site):
+    of_agent, of_guard = daemon(), daemon()
+    of_agent.start(plan)
+    killed = site.pids()
+    for pid in killed:
+        os.kill(pid, 9)
+    wait_for(lambda: all(map(is_gone, killed)))
+    of_agent._lock.close()  # as the agent's end does
+    of_guard.revive()
+    assert site.pids() != killed
+    assert of_guard.stop()
+    assert not of_guard.folder.exists()
+
+
+def test_a_daemon_that_lives_or_never_started_is_not_revived(daemon, plan, site):
+    docker = daemon()
+    docker.revive()
+    assert site.pids() == []
+    docker.start(plan)
+    pids = site.pids()
+    docker.revive()
+    assert site.pids() == pids
+
+
+def test_a_daemon_that_ended_is_named(daemon, plan, site, monkeypatch):
+    monkeypatch.setattr(rootless_docker, "ENDING_PATIENCE_S", 0.1)
+    docker = daemon()
+    docker.start(plan)
+    docker.require_running()
+    for pid in site.pids():
+        os.kill(pid, 9)
+    with pytest.raises(NodeError, match="its Docker daemon ended while the container ran") as raised:
+        docker.require_running()
+    assert raised.value.blamed == ("g2001",)

@@ -270,9 +270,9 @@ def _check_run(plan: LaunchPlan, script: str, slurm: StandIns, run_dir: Path) ->
     subprocess.run(["bash", "-n"], input=script.encode(), check=True)
     slurm.forget()
     shutil.rmtree(run_dir / "attempt-1", ignore_errors=True)
-    done = slurm.run(script)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert slurm.calls("srun") == [[*options(plan.step), *agent_argv(plan)]]
+    done = slurm.run(script.replace(f"    {shlex.quote(plan.agent_python)}\n", "    python3\n"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpm: attempt 1 begins\n", "")
+    assert slurm.calls("srun") == [[*options(plan.step), "python3", *agent_argv(plan)[1:]]]
     assert slurm.calls("module") == ([["load", *plan.modules]] if plan.modules else [])
     assert slurm.left_behind() == []
     assert [path.name for path in run_dir.iterdir()] == ["attempt-1"]

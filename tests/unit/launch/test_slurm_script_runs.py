@@ -158,13 +158,17 @@ class TestEnd:
 
     def test_before_and_after_the_step_the_agent_is_asked(self, slurm: StandIns, one_node: str, run_dir: Path) -> None:
         slurm.answers(exit_code="85")
-        slurm.run(one_node)
         of_run = [f"{run_dir}/package", str(run_dir)]
+        slurm.run(one_node)
+        assert slurm.calls("python3") == [[*of_run, "end", "85"]]
+        slurm.forget()
+        done = slurm.run(one_node, SLURM_RESTART_COUNT="1")
         assert slurm.calls("python3") == [[*of_run, "begin"], [*of_run, "end", "85"]]
+        assert done.stdout == "cpm: attempt 2 begins\n"
 
     def test_no_attempt_begins_that_the_agent_refuses(self, slurm: StandIns, one_node: str, run_dir: Path) -> None:
         slurm.answers(begin_exit_code="1")
-        assert slurm.run(one_node).returncode == 1
+        assert slurm.run(one_node, SLURM_RESTART_COUNT="1").returncode == 1
         assert slurm.calls("srun") == []
         assert not (run_dir / "attempt-1").exists()
 

@@ -191,7 +191,6 @@ def test_a_runs_own_job_file_brings_the_code_of_that_run(checkout):
 
 def test_the_agents_copy_needs_nothing_but_the_standard_library(tmp_path):
     copy_package(tmp_path / "package")
-    assert not list((tmp_path / "package").rglob("*.pyc"))
     isolated = [sys.executable, "-I", "-S", str(tmp_path / "package")]
     done = subprocess.run(isolated, capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()) == (2, ["usage: python PACKAGE RUN_DIR [begin | end CODE]"])

@@ -9,6 +9,7 @@ import pytest
 
 from cpm_cluster.specs.catalogue import Catalogue, default_catalogue, packaged_configs
 from cpm_cluster.specs.compose import load_job
+from cpm_cluster.specs.image import Archive
 
 GPU_JOB = """\
 name: demo
@@ -19,6 +20,14 @@ image: cpmlive-flash:0.0.4
 engine: bmtrain
 data: {train: rows.jsonl}
 training: {precision: fp16}
+"""
+
+JOB_WITH_IMAGE = """\
+name: demo
+engine: command
+command: [true]
+resources: {gpus_per_node: 0, memory_per_node: 1G}
+image: cpmlive-flash:0.0.4
 """
 
 
@@ -354,3 +363,34 @@ def test_shared_memory_of_the_profile_can_be_dropped_for_that_of_the_node(load):
     job = GPU_JOB.replace("full-64x80g", "minimal-1x80g") + "container: {ipc: host}\nresources: {shm: null}\n"
 
     assert load(job).resources.shm_bytes is None
+
+
+def test_the_cluster_describes_images_beside_their_archives(load, catalogue, tmp_path):
+    """Any user gets size and digest; what one wrote oneself wins, and what ships comes last."""
+    own, shipped, images = tmp_path / "own", catalogue.folders[0], tmp_path / "archives"
+    (own / "images").mkdir(parents=True)
+    images.mkdir()
+    (tmp_path / "site.yaml").write_text(
+        f"{{scheduler: slurm, runtimes: {{docker: {{}}}}, default_time: 1h, image_folder: {images}}}\n"
+    )
+    described = "{{tag: 'cpmlive-flash:0.0.4', gpu: false, torch: {torch}, archive: {{file: x.tar, bytes: 7}}}}\n"
+    job = JOB_WITH_IMAGE + "cluster: ./site.yaml\n"
+    both = Catalogue((own, shipped))
+    assert load(job, catalogue=both).image.archive != Archive(file="x.tar", bytes=7)
+    (images / "cpmlive-flash-0.0.4.yaml").write_text(described.format(torch="'2.9.1'"))
+    found = load(job, catalogue=both).image
+    assert (found.gpu, found.torch, found.archive) == (False, "2.9.1", Archive(file="x.tar", bytes=7))
+    assert load(job, catalogue=both.without_stand_ins()).image.gpu
+    (own / "images" / "cpmlive-flash-0.0.4.yaml").write_text(described.format(torch="'2.8.0'"))
+    assert load(job, catalogue=both).image.torch == "2.8.0"
+
+
+def test_a_mistake_in_a_file_beside_an_archive_is_named_there(refused, catalogue, tmp_path):
+    images = tmp_path / "archives"
+    images.mkdir()
+    (tmp_path / "site.yaml").write_text(
+        f"{{scheduler: slurm, runtimes: {{docker: {{}}}}, default_time: 1h, image_folder: {images}}}\n"
+    )
+    (images / "cpmlive-flash-0.0.4.yaml").write_text("tag: x\ntorhc: 1.0\n")
+    (message,) = refused(JOB_WITH_IMAGE + "cluster: ./site.yaml\n")
+    assert message.startswith(f"{images}/cpmlive-flash-0.0.4.yaml:2:1: torhc: ")

@@ -92,12 +92,24 @@ def test_a_cluster_that_says_it_has_no_nvlink_is_believed(load, tmp_path, catalo
     assert warnings(load, BMTRAIN.replace("nine-g", "./pcie.yaml"), NCCL_P2P_DISABLE="1") == []
 
 
-def test_settings_of_the_cluster_are_looked_at_as_well(load, tmp_path, catalogue):
+def test_settings_of_the_cluster_are_looked_at_as_well_and_named_by_their_file(load, tmp_path, catalogue):
     text = (catalogue.folders[0] / "clusters/nine-g.yaml").read_text()
     (tmp_path / "site.yaml").write_text(text.replace("NCCL_IB_TIMEOUT", "NCCL_IB_TIMEOUTS"))
 
     assert warnings(load, BMTRAIN.replace("nine-g", "./site.yaml")) == [
-        "env.NCCL_IB_TIMEOUTS: is not a variable of NCCL (did you mean NCCL_IB_TIMEOUT?)"
+        "cluster.env.NCCL_IB_TIMEOUTS (site.yaml:20:25): is not a variable of NCCL (did you mean NCCL_IB_TIMEOUT?)"
+    ]
+
+
+def test_a_setting_of_the_cluster_that_the_job_repeats_is_the_jobs(load, tmp_path, catalogue):
+    text = (catalogue.folders[0] / "clusters/nine-g.yaml").read_text()
+    (tmp_path / "site.yaml").write_text(text.replace("NCCL_IB_TIMEOUT: 22", "NCCL_IB_DISABLE: 1, NCCL_P2P_DISABLE: 1"))
+
+    job = BMTRAIN.replace("nine-g", "./site.yaml")
+    assert warnings(load, job, NCCL_P2P_DISABLE="1") == [
+        "cluster.env.NCCL_IB_DISABLE (site.yaml:20:24): ./site.yaml has InfiniBand;"
+        " this sends all traffic over sockets",
+        "env.NCCL_P2P_DISABLE: the GPUs have NVLink; this sends their traffic through host memory",
     ]
 
 
