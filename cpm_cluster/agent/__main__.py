@@ -1,7 +1,7 @@
 """What runs in a job, from the package's copy in the run directory.
 
-`python PACKAGE RUN_DIR` is this node's part of a run. After a restart the batch script asks
-`python PACKAGE RUN_DIR begin` whether to go on, and leaves to `python PACKAGE RUN_DIR end CODE` what follows one.
+`python PACKAGE RUN_DIR` is this node's part of a run. Further words are the batch script's: `begin` asks after a
+restart whether to go on; `end CODE` does what follows an attempt, and may have `clean` run on nodes that nobody has cleaned up.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ def main() -> int:
         return guarded(lambda: NodeAgent(run_dir).run(), lambda number: NodeAgent(run_dir).clean_up_after(number))
     if len(words) == 2 and words[1] == "begin":
         return requeue.begin(Path(words[0]))
+    if len(words) == 2 and words[1] == "clean":
+        return NodeAgent(Path(words[0])).clean_up_if_lost()
     if len(words) == 3 and words[1] == "end" and words[2].isdigit():
         return requeue.end(Path(words[0]), int(words[2]))
-    print("usage: python PACKAGE RUN_DIR [begin | end CODE]", file=sys.stderr)
+    print("usage: python PACKAGE RUN_DIR [begin | end CODE | clean]", file=sys.stderr)
     return 2
 
 

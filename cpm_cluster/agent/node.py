@@ -42,6 +42,7 @@ from cpm_cluster.runs.layout import RunLayout
 from cpm_cluster.runs.records import append_event, read_json, write_json, write_text
 
 EXIT_USER_ERROR, EXIT_NODE_ERROR = 2, 3
+EXIT_OF_DOCKER = 125  # of docker itself, not of the container (docker run, "Exit Status")
 # Slurm's KillWait is 30 s: what is not saved by then is lost anyway.
 GRACE_AFTER_TERM_S = 25.0
 GRACE_OF_STRAGGLERS_S = 5.0
@@ -50,6 +51,7 @@ GRACE_OF_THE_LATE_S = 1.0
 # Of the time before the limit; the rest is for cleaning up.
 LEAD_USED = 0.8
 POLL_S = 0.1
+LOOK_FOR_SUCCESSOR_S = 5.0
 
 
 # How long a node that saved waits for the others to end too, before srun ends the step for the first that leaves.
@@ -70,9 +72,11 @@ class NodeAgent:
         self.stopped_by: int | None = None
         self.deadline: float | None = None
         self.preparing = False
+        self.has_secrets_on_disk = False
         self.docker: RootlessDocker | None = None
         self.ending = False
         self.killed = False
+        self.next_look = 0.0
         self.started = time.time()
 
     def run(self) -> int:
@@ -109,7 +113,7 @@ class NodeAgent:
         return code
 
     def clean_up_after(self, number: int) -> None:
-        """What `run` would have done at its end, had signal `number` not killed it; for the guard."""
+        """What `run` would have done at its end, had signal `number` not killed it; for the guard and its survivors."""
         node = node_facts(self.files, os.environ, newest_attempt(self.files))
         if self.plan.runtime == "docker-rootless":
             self.docker = RootlessDocker(node, self.files.node_dir(node.attempt, node.index) / "dockerd.log")
@@ -119,6 +123,14 @@ class NodeAgent:
             name = signal.Signals(number).name
             append_event(self.files.events(node.name), "agent_killed", attempt=node.attempt, signal=name)
             self._record_exit(node, 128 + number, clean)
+
+    def clean_up_if_lost(self) -> int:
+        """Where an attempt's agent and guard have ended without a record: what they would have done; 0."""
+        attempt = int(os.environ.get("CPM_ATTEMPT", newest_attempt(self.files)))
+        name = node_facts(self.files, os.environ, attempt).name
+        if (read_json(self.files.exit_record(name)) or {}).get("attempt") != attempt:
+            self.clean_up_after(signal.SIGKILL)
+        return 0
 
     def _attempt(self, node: NodeFacts) -> int:
         self.preparing = True
@@ -135,6 +147,7 @@ class NodeAgent:
         if containers.is_used(self.plan):
             lines = "".join(f"{name}={value}\n" for name, value in sorted(environment.items()))
             write_text(Path(node.environment_file), lines, 0o600)
+            self.has_secrets_on_disk = True
             environment = {}
         with open(self.files.node_dir(node.attempt, node.index) / "node.log", "ab") as log:
             return self._train(node, environment, log)
@@ -180,10 +193,14 @@ class NodeAgent:
         # what was told to end together with the program, as a child of a shell is, may take as long to save
         while process.poll() is None or (self.ending and process_tree.group_exists(process.pid)):
             self._pass_on_requests(node, process)
+            self._forget_secrets(node)
+            self._give_way(node)
             telemetry.poll()
             process_tree.reap(but=process.pid)
             time.sleep(POLL_S)
         telemetry.close()
+        if process.returncode == EXIT_OF_DOCKER and self.docker is not None:
+            self.docker.require_running()
         return self._exit_code(process.returncode)
 
     def _start(self, argv: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -249,6 +266,8 @@ class NodeAgent:
     def _clean_up(self, node: NodeFacts) -> bool:
         """Remove the container, the environment file and every process below; whether nothing is left."""
         self.preparing = False
+        if self.docker is not None:
+            self.docker.revive()
         if containers.is_used(self.plan):
             containers.remove(self.plan, node, self.files.events(node.name))
             Path(node.environment_file).unlink(missing_ok=True)
@@ -257,7 +276,24 @@ class NodeAgent:
         process_tree.reap()
         return clean
 
+    def _give_way(self, node: NodeFacts) -> None:
+        """A node that Slurm has lost may come back when the next attempt runs elsewhere: two must not write one run."""
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_FOR_SUCCESSOR_S
+        if self.deadline is None and self.files.node_dir(node.attempt + 1, 0).parent.exists():
+            append_event(self.files.events(node.name), "superseded", attempt=node.attempt)
+            self.deadline = time.monotonic()
+
+    def _forget_secrets(self, node: NodeFacts) -> None:
+        """Once the container is there, its environment file has been read."""
+        if self.has_secrets_on_disk and Path(node.container_id_file).exists():
+            Path(node.environment_file).unlink(missing_ok=True)
+            self.has_secrets_on_disk = False
+
     def _record_exit(self, node: NodeFacts, code: int, clean: bool) -> None:
+        if ((read_json(self.files.exit_record(node.name)) or {}).get("attempt") or 0) > node.attempt:
+            return
         record = {
             "format": 1,
             "node": node.name,

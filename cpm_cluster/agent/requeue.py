@@ -13,16 +13,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cpm_cluster.agent.surroundings import next_attempt
+from cpm_cluster.agent import containers
+from cpm_cluster.agent.surroundings import newest_attempt, next_attempt
 from cpm_cluster.diagnosis.diagnose import diagnose
 from cpm_cluster.diagnosis.retry import BUDGETS, Decision, decide, read_endings
 from cpm_cluster.diagnosis.verdict import Verdict
+from cpm_cluster.launch.plan import options
 from cpm_cluster.runs.records import append_event, read_events
 from cpm_cluster.runs.run import Run, Submission, open_run, read_submission, record_submission, write_submission
-from cpm_cluster.runs.state import read_state
+from cpm_cluster.runs.state import exit_records, read_state
 
 WRITER = "batch"
 EXIT_FAILED = 1
+PATIENCE_WITH_SLURM_S = 30.0
+PATIENCE_WITH_CLEANING_S = 120.0
 
 
 def begin(run_dir: Path) -> int:
@@ -57,6 +61,12 @@ def end(run_dir: Path, code: int) -> int:
     # requeueing ends this script; what is left to do then must still happen
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run = open_run(run_dir)
+    attempt = newest_attempt(run.files)
+    if len(exit_records(run, attempt)) < run.plan.nodes and containers.is_used(run.plan):
+        _clean_up(run)
+    told_to_end = any(record.get("stopped_by") == "SIGTERM" for record in exit_records(run, attempt))
+    if told_to_end and _is_preempted():
+        append_event(run.files.events(WRITER), "preempted", attempt=attempt)
     state = read_state(run, alive=False)
     verdict = diagnose(run, state)
     if verdict is None:
@@ -67,6 +77,30 @@ def end(run_dir: Path, code: int) -> int:
     if decision.again:
         _start_again(run, decision)
     return state.exit_code or code
+
+
+def _clean_up(run: Run) -> None:
+    """On nodes whose agent and guard are gone: a Docker of root holds on to its containers, others to their files."""
+    argv = ["srun", *options(run.plan.step), sys.executable, str(run.files.package), str(run.files.root), "clean"]
+    try:
+        subprocess.run(argv, stdin=subprocess.DEVNULL, timeout=PATIENCE_WITH_CLEANING_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"cpm: not all nodes could be cleaned up: {error}", file=sys.stderr, flush=True)
+
+
+def _is_preempted() -> bool:
+    """Whether Slurm is taking the nodes from this job, which has a grace time to end in: only the job's entry says so.
+
+    scontrol writes PreemptTime=None, or a moment in ISO 8601 as all of them.
+    """
+    argv = ["scontrol", "--oneliner", "show", "job", os.environ.get("SLURM_JOB_ID", "")]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=PATIENCE_WITH_SLURM_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    told = dict(word.split("=", 1) for word in done.stdout.decode("utf-8", "replace").split() if "=" in word)
+    preempted = told.get("PreemptTime", "None")
+    return preempted[:1].isdigit() and preempted >= told.get("StartTime", "")
 
 
 def _decided(run: Run, attempt: int, verdict: Verdict) -> Decision:

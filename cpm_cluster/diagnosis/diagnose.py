@@ -65,6 +65,14 @@ def _slurm_said(run: Run, state: State) -> Verdict | None:
     return Verdict("node", cause, True, _resume(run), evidence, node=node)
 
 
+def _preempted(run: Run, state: State) -> Verdict | None:
+    """The ranks had the time to save: nothing else tells it from a signal of anybody's."""
+    events = read_events(run.files.root / "events")
+    if not any(e["kind"] == "preempted" and e.get("attempt") == state.attempt for e in events):
+        return None
+    return Verdict("preempted", "Slurm preempted it for another job.", True, _resume(run))
+
+
 def _agent_killed(run: Run, state: State) -> Verdict | None:
     """What the other nodes say of it are consequences."""
     events = read_events(run.files.root / "events")
@@ -172,6 +180,7 @@ def _exit_code(run: Run, state: State) -> Verdict | None:
 RULES: tuple[Rule, ...] = (
     _cancelled,
     _slurm_said,
+    _preempted,
     _stopped,
     _lost,
     _agent_killed,

@@ -55,8 +55,10 @@ def decide(verdict: Verdict, endings: Sequence[Ending], submitted: float) -> Dec
     A person who submits the run again (`submitted`, seconds since 1970) renews the budgets.
     """
     budget = BUDGETS.get(verdict.category, 0)
-    if not verdict.transient or not budget:
+    if not verdict.transient:
         return Decision(False, "the same job would end like this again")
+    if not budget:
+        return Decision(False, "somebody ended it, and may start it again")
     used = _without_progress([e for e in endings if e.time >= submitted])
     if used > budget:
         return Decision(False, f"it ended like this {used} times ({verdict.category}) without a new checkpoint")

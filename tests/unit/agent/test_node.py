@@ -297,7 +297,17 @@ def test_the_agent_ends_when_its_guard_is_killed(agent):
     assert (found["exit_code"], found["stopped_by"]) == (9, "SIGTERM")
 
 
+def test_an_attempt_gives_way_to_the_next_one(agent):
+    """The node was cut off, Slurm has started the job again elsewhere, and now the node is back."""
+    worker = agent(f"echo ready; {WAIT}")
+    wait_for(lambda: "ready" in worker.log)
+    (worker.root / "attempt-2").mkdir()
+    code, record = worker.ended()
+    assert (code, record["killed"]) == (143, True)
+    assert [event for event in read_events(worker.root / "events") if event["kind"] == "superseded"]
+
+
 def test_a_wrong_command_line():
     module = [sys.executable, "-m", "cpm_cluster.agent"]
     done = subprocess.run(module, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "usage: python PACKAGE RUN_DIR [begin | end CODE]\n")
+    assert (done.returncode, done.stderr) == (2, "usage: python PACKAGE RUN_DIR [begin | end CODE | clean]\n")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from made_runs import container
 from processes import ROOT
 
 from cpm_cluster.agent.requeue import take_over
@@ -15,33 +16,46 @@ from cpm_cluster.launch.plan import Setting
 from cpm_cluster.runs.records import read_events
 from cpm_cluster.runs.run import Submission, read_submission, record_submission
 
-STAND_IN = '#!/bin/sh\necho "$(basename "$0") $*" >> {calls}\n[ "$1" != --parsable ] || echo 4712\nexit {code}\n'
+STAND_IN = """\
+#!/bin/sh
+case "$1" in
+    --oneliner) cat {job}; exit ;;
+    --parsable) echo 4712 ;;
+esac
+echo "$(basename "$0") $*" >> {calls}
+exit {code}
+"""
 
 
 @pytest.fixture
 def slurm(tmp_path, made_run):
     """Makes a run in Slurm's hands; `ask(run, "end", "85")` calls the agent as its batch script does."""
-    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder, calls, job = tmp_path / "bin", tmp_path / "calls", tmp_path / "job"
     folder.mkdir()
+    job.write_text("JobId=4711 StartTime=2026-01-02T03:04:05 PreemptTime=None\n")
 
     class Slurm:
         def __init__(self):
             self.answer(0)
 
         def answer(self, code):
-            for name in ("scontrol", "sbatch"):
-                (folder / name).write_text(STAND_IN.format(calls=calls, code=code))
+            for name in ("scontrol", "sbatch", "srun"):
+                (folder / name).write_text(STAND_IN.format(calls=calls, code=code, job=job))
                 (folder / name).chmod(0o755)
 
-        def run(self, *, requeue=True, batch=(), nodes=1, trainer=True):
-            made = made_run(scheduler="slurm", requeue=requeue, batch=batch, nodes=nodes, trainer=trainer)
+        def run(self, *, requeue=True, batch=(), nodes=1, trainer=True, **plan):
+            made = made_run(scheduler="slurm", requeue=requeue, batch=batch, nodes=nodes, trainer=trainer, **plan)
             record_submission(made.run, Submission("slurm", "4711", "login"))
+            (made.run.files.root / "attempt-1").mkdir()
             return made.phase("prepare").phase("training")
 
         def ask(self, made, *words, **variables):
             argv = [sys.executable, "-m", "cpm_cluster.agent", str(made.run.files.root), *words]
             environment = {"PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "4711"}
             return subprocess.run(argv, env=environment | variables, capture_output=True, text=True, timeout=30)
+
+        def preempts(self):
+            job.write_text("JobId=4711 StartTime=2026-01-02T03:04:05 PreemptTime=2026-01-02T04:00:00\n")
 
         @property
         def calls(self):
@@ -78,6 +92,24 @@ def test_a_job_that_stopped_with_a_checkpoint_is_requeued(slurm):
     assert (ending["category"], ending["step"], ending["attempt"]) == ("time limit", 40, 1)
 
 
+def test_a_preempted_job_that_had_the_time_to_save_is_told_from_one_that_somebody_ended(slurm):
+    ended = slurm.run().exited(143, stopped_by="SIGTERM")
+    assert "by something else than cpm cancel" in slurm.ask(ended, "end", "143").stderr
+    assert slurm.calls == []
+    slurm.preempts()
+    assert "Slurm preempted it for another job" in slurm.ask(ended, "end", "143").stderr
+    assert slurm.calls == ["scontrol requeue 4711"]
+
+
+def test_nodes_that_nobody_cleaned_up_are_cleaned(slurm):
+    """A container of root's Docker outlives the step: with agent and guard gone, nobody else would remove it."""
+    step = (Setting("nodes", "2", "job"),)
+    made = slurm.run(nodes=2, container=container(image="img:1"), runtime="docker", step=step)
+    slurm.ask(made.exited(137, node="g2001"), "end", "137")
+    package = made.run.files.package
+    assert slurm.calls[0] == f"srun --nodes=2 {sys.executable} {package} {made.run.files.root} clean"
+
+
 def test_a_mistake_of_the_user_is_not_repeated(slurm):
     made = slurm.run().rank_error(1, 5.0, user_error=True).exited(2)
     done = slurm.ask(made, "end", "1")
@@ -108,7 +140,6 @@ def test_but_not_where_the_job_names_its_nodes(slurm):
 
 def test_where_the_site_does_not_requeue_a_new_job_follows_and_is_the_runs(slurm):
     made = stopped(slurm.run(requeue=False))
-    (made.run.files.root / "attempt-1").mkdir()
     slurm.ask(made, "end", "85")
     script = made.run.files.script
     assert slurm.calls == [f"sbatch --parsable --dependency=afterany:4711 {script}"]
@@ -151,7 +182,6 @@ def test_a_script_that_somebody_submitted_by_hand_is_a_run_like_any_other(made_r
 
 def test_what_slurm_ended_and_requeued_itself_is_recorded_by_the_next_attempt(slurm):
     made = slurm.run().exited(143, stopped_by="SIGTERM")
-    (made.run.files.root / "attempt-1").mkdir()
     said = "slurmstepd: error: *** JOB 4711 ON g2001 CANCELLED AT 2026-01-02T03:04:05 DUE TO PREEMPTION ***"
     made.file("slurm-4711.log", f"cpm: attempt 1 begins\n{said}\n")
     assert slurm.ask(made, "begin").returncode == 0
@@ -163,7 +193,7 @@ def test_slurms_own_requeues_have_an_end_too(slurm):
     log = ""
     for attempt in range(1, 6):
         made.phase("training", attempt).exited(143, attempt, node="g2001", stopped_by="SIGTERM")
-        (made.run.files.root / f"attempt-{attempt}").mkdir()
+        (made.run.files.root / f"attempt-{attempt}").mkdir(exist_ok=True)
         said = "*** STEP 4711.0 ON g2001 CANCELLED AT 2026-01-02T03:04:05 DUE TO NODE FAILURE ***"
         log += f"cpm: attempt {attempt} begins\nslurmstepd: error: {said}\nsrun: error: Node failure on g2002\n"
         made.file("slurm-4711.log", log)
