@@ -1,7 +1,7 @@
 """What runs in a job, from the package's copy in the run directory.
 
-`python PACKAGE RUN_DIR` is this node's part of a run. Further words are the batch script's: `begin` asks after a
-restart whether to go on; `end CODE` does what follows an attempt, and may have `clean` run on nodes that nobody has cleaned up.
+`python PACKAGE RUN_DIR` is this node's part of a run. Further words are of the batch script: `begin` asks after a
+restart whether to go on; `end CODE` does what follows an attempt; `clean` runs on nodes that nobody has cleaned up.
 """
 
 from __future__ import annotations

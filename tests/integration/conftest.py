@@ -14,10 +14,32 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from local_runs import LocalRuns, Terminal, all_processes, command_line, is_alive, parent_of
+from sandbox_here import reason_against
+
+from cpm_cluster.sandbox import network, sandbox
+from cpm_cluster.sandbox.state import Sandbox
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # The last process of a run may still be on its way out when the run's records say that it has ended.
 SETTLING_S = 5.0
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """The sandbox with its containers: one that is up already is used and stays, else one for all these tests."""
+    if reason_against():
+        pytest.skip(reason_against())
+    state = Sandbox()
+    was_up = network.is_up(state)
+    sandbox.up(state, install=False, with_containers=True)
+    yield state
+    if not was_up:
+        sandbox.down(state, keep_files=False, purge=False)
+
+
+def pytest_collection_modifyitems(items):
+    """What looks at a machine without a sandbox comes before what brings one up."""
+    items.sort(key=lambda item: item.get_closest_marker("without_sandbox") is None)
 
 
 def descendants() -> list[int]:

@@ -18,28 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sandbox_here import reason_against
 
-from cpm_cluster.sandbox import cgroups, folders, network, requirements, sandbox
+from cpm_cluster.sandbox import cgroups, folders, network, sandbox
 from cpm_cluster.sandbox.commands import SYSTEM_PATH
 from cpm_cluster.sandbox.daemons import all_daemons
 from cpm_cluster.sandbox.mounts import below
 from cpm_cluster.sandbox.state import Node, Sandbox, SandboxError
 
-MISSING = requirements.missing_packages(requirements.PACKAGES)
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="the sandbox needs root"),
-    pytest.mark.skipif(bool(MISSING), reason=f"packages are missing: {' '.join(MISSING)}"),
-]
+pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
 STATE = Sandbox()
 WAS_UP = network.is_up(STATE)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Sandbox]:
-    sandbox.up(STATE, install=False, with_containers=False)
-    yield STATE
-    if not WAS_UP:
-        sandbox.down(STATE, keep_files=False, purge=False)
 
 
 def as_user(state: Sandbox, *argv: str) -> list[str]:
@@ -102,7 +91,7 @@ def remains() -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-# These two before the others, which bring the sandbox up and share it.
+@pytest.mark.without_sandbox
 @pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would remove it: cpm sandbox down first")
 def test_down_leaves_nothing() -> None:
     assert remains() == {}, "nothing of it is there before"
@@ -115,6 +104,7 @@ def test_down_leaves_nothing() -> None:
     assert (network.HOSTS.read_bytes(), network.HOSTS.stat().st_mode) == hosts
 
 
+@pytest.mark.without_sandbox
 @pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would stop it: cpm sandbox down first")
 def test_down_can_keep_runs_and_accounting() -> None:
     sandbox.up(STATE, install=False, with_containers=False)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sandbox_here import reason_against
 
 from cpm_cluster.sandbox import (
     container_leftovers,
@@ -26,10 +27,7 @@ from cpm_cluster.sandbox import (
     gpus,
     host_settings,
     image,
-    network,
     podman,
-    requirements,
-    sandbox,
 )
 from cpm_cluster.sandbox.cgroups import MOUNT
 from cpm_cluster.sandbox.image import Manifest
@@ -39,24 +37,11 @@ from cpm_cluster.specs.catalogue import Catalogue, packaged_configs
 from cpm_cluster.specs.image import Image
 from cpm_cluster.specs.nodes import read_yaml
 
-MISSING = requirements.missing_packages({**requirements.PACKAGES, **containers.PACKAGES})
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="the sandbox needs root"),
-    pytest.mark.skipif(bool(MISSING), reason=f"packages are missing: {' '.join(MISSING)}"),
-]
+pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
 STATE = Sandbox()
-WAS_UP = network.is_up(STATE)
 TAG = "cpmlive-flash:0.0.4"
 GIB = 1 << 30
 STUBBORN = ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Sandbox]:
-    sandbox.up(STATE, install=False, with_containers=True)
-    yield STATE
-    if not WAS_UP:
-        sandbox.down(STATE, keep_files=False, purge=False)
 
 
 @pytest.fixture(scope="module")

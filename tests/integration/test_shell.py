@@ -19,29 +19,19 @@ import pytest
 from cluster_runs import ClusterRun, ClusterRuns
 from local_runs import Terminal, all_processes, command_line, environment_of, parent_of, wait_for
 
-from cpm_cluster.sandbox import containers, network, requirements, sandbox
 from cpm_cluster.sandbox.state import Sandbox
 
-MISSING = requirements.missing_packages({**requirements.PACKAGES, **containers.PACKAGES})
 STATE = Sandbox()
-WAS_UP = network.is_up(STATE)
 # Each runtime on a node of its own: docker only where the node has a daemon.
 NODES = {"docker-rootless": "g2005", "podman": "g2006", "docker": "g2002"}
 
 
 @pytest.fixture(scope="module")
-def user() -> Iterator[ClusterRuns]:
-    if os.geteuid() != 0:
-        pytest.skip("the sandbox needs root")
-    if MISSING:
-        pytest.skip(f"packages are missing: {' '.join(MISSING)}")
-    sandbox.up(STATE, install=False, with_containers=True)
+def user(cluster: Sandbox) -> Iterator[ClusterRuns]:
     root = Path(tempfile.mkdtemp(prefix="shells-", dir=STATE.shared))
     root.chmod(0o755)
     yield ClusterRuns(STATE, root)
     shutil.rmtree(root)
-    if not WAS_UP:
-        sandbox.down(STATE, keep_files=False, purge=False)
 
 
 class Shell(ClusterRun):
