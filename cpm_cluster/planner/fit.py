@@ -12,11 +12,12 @@ Verdict = Literal["fits", "does not fit", "not ruled out", "capacity unknown"]
 
 @dataclass(frozen=True)
 class Component:
-    """One term of a demand: bytes, and the name of the formula that gave them, with its source."""
+    """One term of a demand: bytes, and the formula that gave them, with its source."""
 
     name: str
     bytes: int
     formula: str
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -387,7 +387,11 @@ def _files(run: ClusterRun) -> set[str]:
     found = [path.relative_to(run.folder) for path in run.folder.rglob("*") if path.is_file()]
     names = {str(path) for path in found if path.parts[0] != "submitit" and not path.name.startswith("events.out.")}
     jobs = {f"slurm-{job}.log": "slurm-JOB.log" for job in run.job_ids}
-    nodes = {f"{folder}/{path.name}" for folder in ("events", "exit") for path in (run.folder / folder).glob("g2*")}
+    nodes = {
+        f"{folder}/{path.name}"
+        for folder in ("events", "exit", "telemetry")
+        for path in (run.folder / folder).glob("g2*")
+    }
     return {jobs.get(name, "NODE" if name in nodes else name) for name in names}
 
 
@@ -447,8 +451,8 @@ def goes_on(run: ClusterRun, category: str, cause: str, saved: bool = False) -> 
 
 
 def time_limit(user: ClusterRuns) -> None:
-    """The shortest limit that Slurm knows is a minute; it warns up to half a minute early."""
-    run = one_node(user, "time-limit", time_limit="1m", signal_lead="10s")
+    """Slurm counts in minutes, and warns up to half a minute early: one would be over before the first step."""
+    run = one_node(user, "time-limit", time_limit="2m", signal_lead="10s")
     run.await_step(1)
     run.await_job("PENDING")
     run.await_nothing_left(queued=True)
