@@ -17,7 +17,8 @@ demo: $(READY)
 	$(BIN)/cpm-submit jobs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/unit
+	$(BIN)/python -m pytest tests/integration
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -193,4 +193,7 @@ def test_the_agents_copy_needs_nothing_but_the_standard_library(tmp_path):
     copy_package(tmp_path / "package")
     isolated = [sys.executable, "-I", "-S", str(tmp_path / "package")]
     done = subprocess.run(isolated, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.splitlines()) == (2, ["usage: python PACKAGE RUN_DIR [begin | end CODE | clean]"])
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        ["usage: python PACKAGE RUN_DIR [begin | end CODE | clean]"],
+    )
