@@ -37,8 +37,8 @@ class Finding:
 
 def preflight(plan: LaunchPlan, node: NodeFacts, environment: Mapping[str, str]) -> list[Finding]:
     """What is wrong with this node for this plan."""
-    checks = (_foreign_processes(plan, node), _driver(plan), _memlock(plan), _shared_memory(plan), _disk(plan))
-    return [finding for check in checks for finding in check] + list(_time_left(plan, environment))
+    found = [*_foreign_processes(plan, node), *_driver(plan), *_compute_capability(plan), *_memlock(plan)]
+    return [*found, *_shared_memory(plan), *_disk(plan), *_time_left(plan, environment)]
 
 
 def refuse(node: NodeFacts, findings: list[Finding]) -> None:
@@ -69,6 +69,23 @@ def _driver(plan: LaunchPlan) -> Iterator[Finding]:
     found = next(iter(_nvidia_smi("--query-gpu=driver_version") or ()), "").strip()
     if _numbers(found) and _numbers(found) < _numbers(wanted):
         yield Finding("driver", True, f"its NVIDIA driver is {found}, the image needs {wanted} or newer")
+
+
+def _compute_capability(plan: LaunchPlan) -> Iterator[Finding]:
+    """The cards that are really there against the CUDA code in the image.
+
+    Machine code runs within a major version from its own minor upwards, PTX on anything newer (CUDA C++ Programming
+    Guide, "Compute Capability Compatibility"). Drivers before 510 do not tell: then it is left to the ranks.
+    """
+    container = plan.container
+    if not plan.gpus_per_node or container is None or not container.sm:
+        return
+    told = {line.strip() for line in _nvidia_smi("--query-gpu=compute_cap") or ()}
+    for sm in sorted(int(text.replace(".", "")) for text in told if text.replace(".", "").isdigit()):
+        binary = any(code // 10 == sm // 10 and code <= sm for code in container.sm)
+        if not binary and (container.ptx is None or container.ptx > sm):
+            codes = ", ".join(f"sm_{code}" for code in container.sm)
+            yield Finding("gpus", True, f"its GPUs are sm_{sm}, and {container.image} has code for {codes} only")
 
 
 def _memlock(plan: LaunchPlan) -> Iterator[Finding]:

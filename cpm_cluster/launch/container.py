@@ -31,6 +31,8 @@ def container(spec: JobSpec, image: Image, runtime: str, run_dir: str, user: str
         user=user if runtime == "docker" else None,
         mounts=tuple(_mounts(spec, run_dir)),
         min_driver=image.min_driver,
+        sm=image.sm,
+        ptx=image.ptx,
     )
 
 

@@ -61,7 +61,10 @@ class Archive:
 
 @dataclass(frozen=True)
 class Container:
-    """What the runtime is told, apart from what only the node knows. `shm_bytes` None: the host's /dev/shm."""
+    """What the runtime is told, apart from what only the node knows. `shm_bytes` None: the host's /dev/shm.
+
+    `sm` and `ptx` are the image's machine code and newest PTX, in compute capabilities × 10; none where not known.
+    """
 
     image: str
     archive: Optional[Archive]
@@ -73,6 +76,8 @@ class Container:
     user: Optional[str]
     mounts: Tuple[Mount, ...]
     min_driver: Optional[str] = None
+    sm: Tuple[int, ...] = ()
+    ptx: Optional[int] = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,23 @@ class TestGpus:
         assert not (tmp_path / "asked").exists()
 
 
+class TestComputeCapability:
+    @pytest.mark.parametrize(
+        ("card", "sm", "ptx"),
+        [("8.0", (70, 80), None), ("8.6", (80,), None), ("9.0", (80,), 80), ("[N/A]", (70,), None), ("9.0", (), None)],
+        ids=["its own", "an older minor", "PTX is compiled", "a driver that does not tell", "an image not known"],
+    )
+    def test_a_card_that_the_image_has_code_for(self, plan, nvidia_smi, card, sm, ptx):
+        nvidia_smi(f"case $1 in --query-gpu=compute_cap) echo '{card}' ;; esac")
+        assert found("gpus", plan(container=container(image="i:1", sm=sm, ptx=ptx, shm_bytes=1))) == []
+
+    def test_another_card_ends_the_attempt_before_anything_is_loaded(self, plan, nvidia_smi):
+        nvidia_smi("case $1 in --query-gpu=compute_cap) printf '9.0\\n9.0\\n' ;; esac")
+        (finding,) = found("gpus", plan(container=container(image="i:1", sm=(70, 80, 86), shm_bytes=1)))
+        assert finding.fatal
+        assert finding.text == "its GPUs are sm_90, and i:1 has code for sm_70, sm_80, sm_86 only"
+
+
 class TestDriver:
     def told(self, plan, nvidia_smi, version, wanted):
         nvidia_smi(f"case $1 in --query-gpu=driver_version) printf '{version}\\n{version}\\n' ;; esac")

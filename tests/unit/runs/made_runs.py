@@ -21,7 +21,7 @@ def container(**settings: Any) -> Container:
     """A container of which only some settings matter."""
     empty = {str: "", bool: False}
     unused = {name: empty.get(hint) for name, hint in get_type_hints(Container).items()}
-    return Container(**(unused | {"mounts": ()} | settings))  # type: ignore[arg-type]
+    return Container(**(unused | {"mounts": (), "sm": ()} | settings))  # type: ignore[arg-type]
 
 
 class MadeRun:
