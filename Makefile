@@ -17,8 +17,8 @@ demo: $(READY)
 	$(BIN)/cpm-submit jobs/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 tests/unit
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest -n 2 -m 'not sandbox'
+	$(BIN)/python -m pytest -m sandbox
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -32,6 +32,7 @@ lint: $(READY)
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/cold_start.py
 	$(BENCH)/bin/python benchmarks/launch_overhead.py
+	$(BENCH)/bin/python benchmarks/planner_accuracy.py --hold-out
 
 clean:
 	rm -rf $(VENV) $(BENCH) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -47,5 +48,7 @@ $(READY): setup.cfg pyproject.toml
 # peers in an environment of their own, beside an ordinary (not editable) installation
 $(BENCH)/.ready: setup.cfg pyproject.toml $(shell find cpm_cluster configs jobs -type f -not -name '*.pyc')
 	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check . torchx==0.7.0
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	DS_BUILD_OPS=0 $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check . torchx==0.7.0 \
+	    accelerate==1.15.0 deepspeed==0.19.8 transformers==5.24.0
 	touch $@

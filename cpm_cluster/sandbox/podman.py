@@ -29,7 +29,8 @@ def prepare(state: Sandbox) -> None:
     """The user's folders, and the list of devices that `podman run --device nvidia.com/gpu=UUID` takes."""
     if pause_file(state).pid is None and not container_processes(state.root):
         # after a reboot podman would take the containers listed here for running: it looks for a tmpfs to be empty
-        shutil.rmtree(run_folder(state), ignore_errors=True)
+        for name in ("libpod", "containers"):
+            shutil.rmtree(run_folder(state) / name, ignore_errors=True)
     for folder in (run_folder(state), store(state)):
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)

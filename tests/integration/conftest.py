@@ -25,10 +25,15 @@ SETTLING_S = 5.0
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    """The sandbox with its containers: one that is up already is used and stays, else one for all these tests."""
+def machine():
+    """One that can have a sandbox."""
     if reason_against():
         pytest.skip(reason_against())
+
+
+@pytest.fixture(scope="session")
+def cluster(machine):
+    """The sandbox with its containers: one that is up already is used and stays, else one for all these tests."""
     state = Sandbox()
     was_up = network.is_up(state)
     sandbox.up(state, install=False, with_containers=True)
@@ -38,7 +43,10 @@ def cluster():
 
 
 def pytest_collection_modifyitems(items):
-    """What looks at a machine without a sandbox comes before what brings one up."""
+    """What looks at a machine without a sandbox comes before what brings one up; both are marked `sandbox`."""
+    for item in items:
+        if "machine" in item.fixturenames:
+            item.add_marker("sandbox")
     items.sort(key=lambda item: item.get_closest_marker("without_sandbox") is None)
 
 

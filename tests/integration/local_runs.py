@@ -305,7 +305,10 @@ class Terminal:
     def await_text(self, *words: str) -> None:
         """Wait until all of these were shown, at whatever moment."""
         for word in words:
-            wait_for(f"{word!r} on the terminal", lambda word=word: word in self.text)
+            try:
+                wait_for(f"{word!r} on the terminal", lambda word=word: word in self.text)
+            except AssertionError as error:
+                raise AssertionError(f"{error}; shown: {self.text[-2000:]!r}") from error
 
     def press_ctrl_c(self) -> None:
         """As the keyboard does it: the terminal turns the character into SIGINT."""

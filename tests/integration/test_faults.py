@@ -20,13 +20,11 @@ from pathlib import Path
 import pytest
 from cluster_runs import IMAGE, ClusterRun, ClusterRuns
 from local_runs import all_processes, command_line, environment_of, parent_of, wait_for
-from sandbox_here import reason_against
 
 from cpm_cluster.sandbox import daemons, dockerd, gpus, image, sandbox
 from cpm_cluster.sandbox.mounts import below
 from cpm_cluster.sandbox.state import Node, Sandbox
 
-pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
 STATE = Sandbox()
 # So that a cut cable, or a slurmd that is away, is nobody else's: jobs of one node, of two, and those of a lost node.
 ONE_NODE, TWO_NODES, LOST_NODE = "g[2004-2008]", "g[2001-2003,2006-2008]", "g[2001-2005]"

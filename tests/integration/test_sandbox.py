@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sandbox_here import reason_against
 
 from cpm_cluster.sandbox import cgroups, folders, network, sandbox
 from cpm_cluster.sandbox.commands import SYSTEM_PATH
@@ -26,7 +25,6 @@ from cpm_cluster.sandbox.daemons import all_daemons
 from cpm_cluster.sandbox.mounts import below
 from cpm_cluster.sandbox.state import Node, Sandbox, SandboxError
 
-pytestmark = pytest.mark.skipif(bool(reason_against()), reason=reason_against())
 STATE = Sandbox()
 WAS_UP = network.is_up(STATE)
 
@@ -93,7 +91,7 @@ def remains() -> dict[str, Any]:
 
 @pytest.mark.without_sandbox
 @pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would remove it: cpm sandbox down first")
-def test_down_leaves_nothing() -> None:
+def test_down_leaves_nothing(machine: None) -> None:
     assert remains() == {}, "nothing of it is there before"
     hosts = network.HOSTS.read_bytes(), network.HOSTS.stat().st_mode
     sandbox.up(STATE, install=False, with_containers=False)
@@ -106,7 +104,7 @@ def test_down_leaves_nothing() -> None:
 
 @pytest.mark.without_sandbox
 @pytest.mark.skipif(WAS_UP, reason="a sandbox is up, and down would stop it: cpm sandbox down first")
-def test_down_can_keep_runs_and_accounting() -> None:
+def test_down_can_keep_runs_and_accounting(machine: None) -> None:
     sandbox.up(STATE, install=False, with_containers=False)
     job = submit(STATE, "echo kept")
     assert eventually(lambda: log_of(STATE, job) == "kept\n", 20)
