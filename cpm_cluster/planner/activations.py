@@ -1,0 +1,205 @@
+"""What the forward pass leaves for the backward pass, on one GPU.
+
+Symbols: T tokens of a micro batch, s sequence, h hidden, f FFN width, a heads, t tensor-parallel ranks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpm_cluster.planner.fit import Component
+from cpm_cluster.planner.memory_constants import FITTED, MemoryConstants
+from cpm_cluster.planner.model_states import part, quantises_the_head, weight_bytes
+from cpm_cluster.planner.setup import Setup
+from cpm_cluster.planner.stages import Stage
+
+KORTHIKANTI = "Korthikanti et al. 2022"
+
+
+@dataclass(frozen=True)
+class Activations:
+    kept: tuple[Component, ...]  # at the end of the forward pass
+    block: tuple[Component, ...]  # for the backward pass of the first block, when all others are done
+    extra: tuple[Component, ...]  # what the backward pass of the last block adds to what is kept
+    head: tuple[Component, ...]  # logits, and what computes them
+
+
+def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activations:
+    width, tokens = weight_bytes(setup), _tokens(setup)
+    if setup.mode == "infer":
+        return Activations(_key_value_cache(setup), (), (), _logits(setup, constants))
+    block = block_bytes_per_token(setup, constants) * tokens
+    source = KORTHIKANTI if setup.engine == "megatron" else "counted by tensor; " + FITTED
+    head = (*_logits(setup, constants), *_dequantised_head(setup)) if stage.has_head else ()
+    sent = width * tokens * setup.shape.hidden * stage.blocks * stage.micro_batches
+    if setup.sequence_parallel:
+        sent /= setup.tp
+    inputs = part("inputs of the blocks", f"{width}Th × blocks × micro batches", sent, KORTHIKANTI)
+    unpacked = _dequantised(setup)
+    one = (part("one block", "T × saved by a block", block, source), *unpacked)
+    if setup.recompute == "full":
+        return Activations((inputs,), one, one, head)
+    if setup.recompute == "selective" and setup.engine != "megatron":
+        size = _matrix_outputs_per_token(setup) * tokens * stage.blocks
+        products = part(
+            "every second matrix product", "T × outputs / 2", size, "torchtitan/distributed/activation_checkpoint.py"
+        )
+        return Activations((inputs, products), one, one, head)
+    size = block * stage.blocks * stage.micro_batches * _trained_share_of_blocks(setup)
+    saved = part("activations", "T × saved by a block × blocks", size, source)
+    return Activations((saved,), one, unpacked, head)
+
+
+def _tokens(setup: Setup) -> int:
+    """A reward model compares two answers: each sample is two sequences."""
+    return setup.tokens * (2 if setup.mode == "reward" else 1)
+
+
+def _trained_share_of_blocks(setup: Setup) -> float:
+    """Blocks below the first that is trained keep nothing for the backward pass."""
+    if setup.mode != "reward":
+        return 1.0
+    blocks = setup.shape.layers * setup.shape.parameters_per_layer
+    return min(1.0, setup.trained_parameters / blocks)
+
+
+def block_bytes_per_token(setup: Setup, constants: MemoryConstants) -> float:
+    """Saved by one block for its backward pass."""
+    if setup.engine == "megatron":
+        return _megatron_block(setup)
+    factor = (
+        constants.compiled_block
+        if setup.compiled
+        else constants.plain_block
+        if setup.engine == "fsdp"
+        else constants.block
+    )
+    return factor * _eager_block(setup, constants) + _scores_per_token(setup)
+
+
+def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
+    """Tensor by tensor, as plain torch code saves them; frozen linear layers don't keep their inputs."""
+    shape, w = setup.shape, weight_bytes(setup)
+    h, f, attention = shape.hidden, shape.ffn, shape.attention_width + shape.kv_width
+    upcasts = shape.gated_mlp or (setup.engine == "none" and setup.precision in ("fp16", "bf16"))
+    saved = 2.0 * (4 if upcasts else w) * h  # inputs of both norms: RMSNorm, and LayerNorm under autocast, in fp32
+    saved += 2 * w * attention  # q, k, v and the output of attention
+    saved += w * f * (3 if shape.gated_mlp else 1)  # input of the activation; its output and the gated branch
+    if not shape.gated_mlp and "transformers" in setup.engine_version:
+        saved += 2 * w * f  # NewGELUActivation is written out in Python
+    linear_inputs = w * (2 * h + f)
+    if setup.trains_adapters:
+        shapes = shape.adapter_shapes
+        saved += sum(
+            (w + 1) * shapes[name][0] for name in setup.lora_targets if name in shapes
+        )  # dropped, and the mask
+        if setup.quantised:
+            saved += constants.quantised_inputs * linear_inputs
+        return saved
+    saved += linear_inputs
+    if shape.gated_mlp:
+        saved += 2 * w * h  # normed values, for the gradient of the norm's weight
+    elif setup.engine != "fsdp":
+        saved += 2 * h  # dropout masks
+    return saved
+
+
+def _adapter_inputs(setup: Setup) -> list[int]:
+    """Widths of what adapters drop out: litgpt fuses q, k and v, so that one dropout serves them."""
+    shapes = setup.shape.adapter_shapes
+    targets = [name for name in setup.lora_targets if name in shapes]
+    if setup.engine_version.startswith("litgpt"):
+        fused = [name for name in targets if name in ("q", "k", "v")]
+        targets = [name for name in targets if name not in fused[1:]]
+    return [shapes[name][0] for name in targets]
+
+
+def _scores_per_token(setup: Setup) -> float:
+    """Without flash attention: softmax, dropout's mask and its result, each s × s for every head."""
+    return 0.0 if setup.flash_attention else (2 * weight_bytes(setup) + 1) * setup.shape.heads * setup.seq_len
+
+
+def _megatron_block(setup: Setup) -> float:
+    """sbh (10 + 24/t) + 5 a s² b / t for f = 4h; all over t with sequence parallelism (Korthikanti et al. 2022).
+
+    Megatron-LM, megatron/training/theoretical_memory_usage.py, has the same terms, and 4 f/h for other widths.
+    """
+    h, t = setup.shape.hidden, setup.tp
+    outer = 10 / t if setup.sequence_parallel else 10
+    keeps_scores = not setup.flash_attention and setup.recompute != "selective"
+    scores = 5 * setup.shape.heads * setup.seq_len / t if keeps_scores else 0.0
+    return h * (outer + (8 + 4 * setup.shape.ffn / h) / t) + scores
+
+
+def _matrix_outputs_per_token(setup: Setup) -> float:
+    """Half of the outputs of the linear layers, and that of attention."""
+    outputs = sum(columns for _, columns in setup.shape.linear_shapes.values())
+    return weight_bytes(setup) * (outputs / 2 + setup.shape.attention_width) / setup.tp
+
+
+def _dequantised(setup: Setup) -> tuple[Component, ...]:
+    """4-bit weights are unpacked, one matrix at a time."""
+    if not setup.quantised:
+        return ()
+    shape = setup.shape
+    largest = max(rows * columns for rows, columns in shape.linear_shapes.values())
+    return (part("one matrix, dequantised", "2 × largest", 2 * largest, "bitsandbytes/autograd/_functions.py"),)
+
+
+def _dequantised_head(setup: Setup) -> tuple[Component, ...]:
+    if not (setup.quantised and quantises_the_head(setup)):
+        return ()
+    size = 2 * setup.shape.embedding_parameters
+    return (part("the head, dequantised", "2Vh", size, "bitsandbytes/autograd/_functions.py"),)
+
+
+def _logits(setup: Setup, constants: MemoryConstants) -> tuple[Component, ...]:
+    """At the start of the backward pass: logits, copies of other types and shape, log-softmax, gradient."""
+    each, source = _bytes_of_a_logit(setup, constants)
+    if not each:
+        return ()
+    tokens = setup.tokens
+    parallel = "/t" if setup.tp > 1 else ""
+    return (part("logits", f"{each:g}TV{parallel}", each * tokens * setup.shape.vocab / setup.tp, source),)
+
+
+def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, str]:
+    if setup.mode in ("infer", "reward"):
+        return 0.0, "of the last token alone"
+    if setup.fused_cross_entropy:
+        return constants.logits_fused, FITTED
+    if setup.engine == "fsdp" and not _compiles_its_loss(setup):
+        return constants.logits_sharded, FITTED
+    if setup.engine == "megatron":
+        return constants.logits_megatron, FITTED
+    if setup.engine == "fsdp":
+        return constants.logits_half, FITTED
+    if setup.engine_version.startswith("ms-swift"):
+        return constants.logits_metrics, FITTED
+    if setup.engine == "none" or setup.precision == "fp32":
+        return constants.logits_autocast, FITTED
+    return constants.logits_half, FITTED
+
+
+def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: MemoryConstants) -> int:
+    """Bytes that logits may take on top, by the model's code.
+
+    In training that of Llama and GLM makes half logits fp32, but not that of all; in inference some code computes
+    the logits of a whole prompt, in half and fp32.
+    """
+    if setup.mode == "infer":
+        return round(6 * setup.tokens * setup.shape.vocab / setup.tp)
+    upcasts = setup.shape.gated_mlp or setup.shape.kind == "glm"
+    if setup.engine != "deepspeed" or not upcasts or setup.precision == "fp32" or setup.fused_cross_entropy:
+        return 0
+    logits = sum(component.bytes for component in passing if component.name == "logits")
+    return round(logits * (constants.logits_upcast / constants.logits_half - 1))
+
+
+def _compiles_its_loss(setup: Setup) -> bool:
+    return setup.compiled and setup.engine_version.startswith("torchtitan 2025")
+
+
+def _key_value_cache(setup: Setup) -> tuple[Component, ...]:
+    size = 2 * 2 * setup.shape.layers * setup.shape.kv_width * setup.tokens / (setup.tp * setup.pp)
+    return (part("key/value cache", "4T × layers × key width", size, "one key and one value in half"),)

@@ -1,0 +1,163 @@
+"""GPU memory as a timeline: what is held at each instant of a run, and the fullest of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cpm_cluster.planner.activations import Activations, activations, logits_beyond
+from cpm_cluster.planner.fit import Component
+from cpm_cluster.planner.memory_constants import CONSTANTS, FITTED, MIB, MemoryConstants
+from cpm_cluster.planner.model_states import States, model_states, part
+from cpm_cluster.planner.setup import Setup
+from cpm_cluster.planner.stages import stages
+
+STAGING = "init staging"
+Parts = tuple[Component, ...]
+FitVerdict = Literal["fits", "tight", "does not fit", "capacity unknown"]
+
+# How far each kind of term may be off: chosen so that no run of measured_runs.csv that died is said to fit.
+LASTING = 0.03  # weights, gradients, states
+PASSING = 0.25  # activations, logits, buffers in flight
+PASSING_PLAIN = 0.12  # the same where models are written for the engine (FSDP programs), without wrappers
+OUTSIDE = 0.20  # contexts
+PIPELINE = 0.198  # any term of a pipelined or tensor-parallel run: stages differ, and groups are made as they are used
+
+
+@dataclass(frozen=True)
+class Instant:
+    """What one GPU holds at one moment."""
+
+    name: str
+    outside: Parts  # of torch's allocator
+    lasting: Parts
+    passing: Parts  # comes and goes within a step
+    wasted: Parts = ()  # reserved by the allocator, which gives it back when it must
+    passing_spread: float = PASSING
+    spread: float = 0.0  # at least so uncertain is every term
+    unsure: int = 0  # bytes that may come on top
+
+    @property
+    def components(self) -> Parts:
+        return (*self.outside, *self.lasting, *self.passing, *self.wasted)
+
+    @property
+    def bytes(self) -> int:
+        return sum(component.bytes for component in self.components)
+
+    @property
+    def low(self) -> int:
+        return self._bound(-1)
+
+    @property
+    def high(self) -> int:
+        return self._bound(1) + self.unsure
+
+    def _bound(self, sign: int) -> int:
+        dynamic = (*self.passing, *self.wasted)
+        kinds = (self.outside, OUTSIDE), (self.lasting, LASTING), (dynamic, self.passing_spread)
+        return round(sum(c.bytes * (1 + sign * max(share, self.spread)) for parts, share in kinds for c in parts))
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """The instants of a run, in their order."""
+
+    instants: tuple[Instant, ...]
+
+    @property
+    def binding(self) -> Instant:
+        """The fullest: what the card must hold."""
+        return max(self.instants, key=lambda instant: instant.bytes)
+
+    @property
+    def observed(self) -> Instant:
+        """The fullest of those that last: nvidia-smi during training misses the start."""
+        lasting = [instant for instant in self.instants if instant.name != STAGING]
+        return max(lasting, key=lambda instant: instant.bytes)
+
+    @property
+    def high(self) -> int:
+        return max(instant.high for instant in self.instants)
+
+    @property
+    def low(self) -> int:
+        return max(instant.low for instant in self.instants)
+
+    def verdict(self, usable_mib: int) -> FitVerdict:
+        """`fits` only where the high end does."""
+        if not usable_mib:
+            return "capacity unknown"
+        if self.low > usable_mib * MIB:
+            return "does not fit"
+        return "fits" if self.high <= usable_mib * MIB else "tight"
+
+
+def reading(memory: GpuMemory, setup: Setup) -> Instant:
+    """What the metric of the setup shows: torch's counters keep the peak of the start, nvidia-smi doesn't."""
+    return memory.binding if setup.metric in ("allocated", "reserved") else memory.observed
+
+
+def gpu_need(setup: Setup, constants: MemoryConstants = CONSTANTS) -> GpuMemory:
+    """What a card must have: all that nvidia-smi would show but for what the allocator can give back."""
+    return gpu_memory(replace(setup, metric="nvml"), constants, cache=setup.engine == "megatron")
+
+
+def gpu_memory(setup: Setup, constants: MemoryConstants = CONSTANTS, cache: bool = True) -> GpuMemory:
+    """By the metric of the setup: live tensors, what the allocator has reserved, or all that the card shows."""
+    cache = cache and setup.metric != "allocated"
+    outside = _outside_the_allocator(setup, constants)
+    passing_spread = PASSING_PLAIN if setup.engine == "fsdp" else PASSING
+    spread = PIPELINE if setup.engine == "megatron" else 0.0
+    instants: list[Instant] = []
+    for stage in stages(setup):
+        states = model_states(setup, stage)
+        kept = activations(setup, stage, constants)
+        for name, lasting, passing in _timeline(setup, states, kept, cache):
+            wasted = _fragmentation(setup, passing, constants) if cache else ()
+            unsure = logits_beyond(setup, passing, constants)
+            where = f"{name}, {stage.name}" if stage.name else name
+            instants.append(Instant(where, outside, lasting, passing, wasted, passing_spread, spread, unsure))
+    return GpuMemory(tuple(instants))
+
+
+def _timeline(setup: Setup, states: States, kept: Activations, cache: bool) -> Iterator[tuple[str, Parts, Parts]]:
+    """(instant, what is there for long, what comes and goes)."""
+    if states.staging:
+        yield STAGING, states.staging, ()
+    if setup.mode == "infer":
+        yield "decoding", states.at_rest, (*kept.kept, *kept.head)
+        return
+    # Flat buffers of the step are as large as a state: the cache has no free piece of that size, and keeps them.
+    flat = states.flat_in_step if cache else ()
+    rest = (*states.at_rest, *flat)
+    earlier = states.gradients if setup.accumulates else ()
+    whole = (*rest, *states.gradients)
+    yield "end of the forward pass", (*rest, *earlier), (*states.computing, *kept.kept, *kept.head)
+    last, first = (*rest, *earlier, *states.reducing), (*whole, *states.reducing)
+    yield "backward pass of the last block", last, (*states.computing, *kept.kept, *kept.extra)
+    yield "backward pass of the first block", first, (*states.computing, *kept.block)
+    step = states.stepping if cache else (*states.stepping, *states.flat_in_step)
+    yield "optimizer step", (*whole, *step), ()
+
+
+def _outside_the_allocator(setup: Setup, constants: MemoryConstants) -> Parts:
+    if setup.metric in ("allocated", "reserved"):
+        return ()
+    parts = [part("CUDA context", "constant", constants.context * MIB, FITTED)]
+    if setup.gpus > 1 and setup.engine != "none":
+        groups = sum((setup.dp > 1, setup.tp > 1, setup.pp > 1, setup.tp * setup.pp > 1))  # the last: the world
+        each = constants.communicator_across_nodes if setup.nodes > 1 else constants.communicator
+        parts.append(part("NCCL", f"{groups} communicators", groups * each * MIB, FITTED))
+    return tuple(parts)
+
+
+def _fragmentation(setup: Setup, passing: Parts, constants: MemoryConstants) -> Parts:
+    """Blocks that the allocator reserves and can't use for the next request."""
+    share = constants.pipeline_fragmentation if setup.engine == "megatron" else constants.fragmentation
+    size = share * sum(component.bytes for component in passing if component.name != "logits")
+    if setup.mean_tokens:
+        usual = min(1.0, setup.mean_tokens / 2 / setup.seq_len)
+        size += constants.ragged * usual * sum(c.bytes for c in passing if c.name == "logits")
+    return (part("fragmentation", f"{share:.0%} of what comes and goes", size, FITTED),)

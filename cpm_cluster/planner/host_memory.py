@@ -1,0 +1,174 @@
+"""Host memory of a node as the control group counts it: while loading, in training, and while rank 0 saves.
+
+Symbols: N parameters, T trained parameters, n data-parallel ranks, part = T/n. Pinned buffers are shared memory, which
+`free` doesn't count as used (pytorch#150517), but a control group does (shmem in memory.stat).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpm_cluster.planner.fit import Component
+from cpm_cluster.planner.model_states import QUANTISED_BYTES, STAGE_2, STAGE_3, SUB_GROUP, part, weight_bytes
+from cpm_cluster.planner.setup import Setup
+
+GB = 10**9
+SYSTEM_GB = 4.0  # operating system, container, launcher
+RANK_GB = 3.2  # a rank in training: interpreter, torch, the host side of CUDA and NCCL
+LOADING_RANK_GB = 2.0  # before it has used its GPU
+LOADING = 1.3  # a model that is read whole: itself and a part of the file
+PINNED_POOL = 1.28  # many pinned tensors of different sizes, each rounded up
+SPREAD = 0.15  # of all terms together, on the host readings of measured_runs.csv
+FITTED = "fitted, see planner/host_memory.py"
+Parts = tuple[Component, ...]
+
+
+@dataclass(frozen=True)
+class HostInstant:
+    """What one node holds at one moment."""
+
+    name: str
+    components: Parts
+
+    @property
+    def bytes(self) -> int:
+        return sum(component.bytes for component in self.components)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    instants: tuple[HostInstant, ...]
+
+    @property
+    def binding(self) -> HostInstant:
+        """The fullest: what the node must hold."""
+        return max(self.instants, key=lambda instant: instant.bytes)
+
+    @property
+    def observed(self) -> HostInstant:
+        """The fullest of a run that is watched, without its saves."""
+        return max(self.instants[:-1], key=lambda instant: instant.bytes)
+
+    @property
+    def high(self) -> float:
+        return self.binding.bytes * (1 + SPREAD)
+
+
+def host_memory(setup: Setup) -> HostMemory:
+    ranks = setup.ranks_per_node
+    base = _processes(ranks, RANK_GB)
+    offloaded = tuple(
+        Component(c.name, c.bytes * ranks, f"{ranks} ranks × {c.formula}" if ranks > 1 else c.formula, c.source)
+        for c in _offloaded(setup)
+    )
+    return HostMemory(
+        (
+            HostInstant("loading", (*_processes(ranks, LOADING_RANK_GB), _loaded(setup))),
+            HostInstant("training", (*base, *offloaded)),
+            HostInstant("saving", (*base, *offloaded, *_gathered_to_save(setup))),
+        )
+    )
+
+
+def _processes(ranks: int, each_gb: float) -> Parts:
+    return (
+        part("system", f"{SYSTEM_GB:g} GB", SYSTEM_GB * GB, FITTED),
+        part("processes", f"{ranks} × {each_gb:g} GB", ranks * each_gb * GB, FITTED),
+    )
+
+
+def pinned(setup: Setup, size: float) -> float:
+    """A pinned buffer is as large as the next power of two (torch since 1.11, pytorch#95823)."""
+    if not setup.pin_memory:
+        return size
+    return float(1 << max(0, round(size) - 1).bit_length())
+
+
+def _loaded(setup: Setup) -> Component:
+    """Every rank builds the model, unless it is partitioned as it is built, or rank 0 reads it alone."""
+    width = _loaded_bytes(setup)
+    sharded = setup.zero_stage >= 3 and setup.zero_init and not setup.quantised
+    factor = 1.0 if sharded else LOADING
+    everyone = setup.engine == "deepspeed" and not sharded
+    everyone = everyone or setup.engine == "ddp" or setup.quantised or not setup.zero_init
+    readers = setup.ranks_per_node if everyone else 1
+    size = readers * factor * width * setup.shape.parameters / (setup.tp * setup.pp)
+    return part(
+        "weights as they are read", f"{readers} × {factor:g} × {width:g}N", size, "DeepSpeedExamples#498; 1.3 is fitted"
+    )
+
+
+def _loaded_bytes(setup: Setup) -> float:
+    if setup.quantised:
+        return QUANTISED_BYTES[setup.precision]
+    if setup.engine in ("bmtrain", "megatron") or setup.loads_half or setup.trains_adapters:
+        return weight_bytes(setup)
+    return 4 if setup.engine in ("deepspeed", "ddp") else weight_bytes(setup)
+
+
+def _offloaded(setup: Setup) -> list[Component]:
+    """By one rank."""
+    if not (setup.offload_optimizer or setup.offload_param):
+        return []
+    if setup.engine == "bmtrain":
+        trained = setup.trained_parameters / setup.shards
+        return [
+            part("master copy and moments", "12T" + _over(setup), 12 * trained, "bmtrain/optim/adam_offload.py"),
+            part("pinned weights and gradients", "4T" + _over(setup), 4 * trained, "bmtrain/optim/adam_offload.py"),
+        ]
+    return _deepspeed_offloaded(setup)
+
+
+def _over(setup: Setup) -> str:
+    return f"/{setup.shards}" if setup.shards > 1 else ""
+
+
+def _deepspeed_offloaded(setup: Setup) -> list[Component]:
+    width, share = weight_bytes(setup), setup.trained_parameters / setup.shards
+    parts = []
+    if setup.offload_optimizer:
+        states = 12 if width == 2 else 8
+        parts.append(
+            part("master copy and moments", f"{states} × part", states * share, "ZeRO-Offload, Ren et al. 2021")
+        )
+        if setup.zero_stage >= 3:
+            parts += _stage_3_gradients(setup, share)
+        else:
+            parts.append(part("fp32 gradients", "p2(4 × part)", pinned(setup, 4 * share), STAGE_2))
+            if setup.accumulates:
+                pool = PINNED_POOL if setup.pin_memory else 1.0
+                parts.append(part("accumulated gradients", f"{2 * pool:g} × part", 2 * pool * share, STAGE_2))
+    if setup.offload_param and setup.zero_stage >= 3:
+        parts += _offloaded_weights(setup, share)
+    return parts
+
+
+def _stage_3_gradients(setup: Setup, share: float) -> list[Component]:
+    """One fp32 buffer for each group of parameters that is stepped at once, and the half-precision gradients."""
+    groups, rest = divmod(share, SUB_GROUP)
+    buffers = groups * pinned(setup, 4 * SUB_GROUP) + (pinned(setup, 4 * rest) if rest else 0.0)
+    return [
+        part("fp32 gradients", "p2(4 × 10^9) for each sub-group", buffers, STAGE_3),
+        part("gradients", "p2(2 × part)", pinned(setup, weight_bytes(setup) * share), STAGE_3),
+    ]
+
+
+def _offloaded_weights(setup: Setup, share: float) -> list[Component]:
+    if setup.trains_adapters:
+        width = QUANTISED_BYTES.get(setup.precision, weight_bytes(setup))
+        size = width * setup.shape.parameters / setup.shards
+        return [part("frozen weights", f"{width:g}N" + _over(setup), pinned(setup, size), STAGE_3)]
+    width = weight_bytes(setup)
+    return [
+        part("weights", f"p2({width} × part)", pinned(setup, width * share), STAGE_3),
+        part("weights by tensor", f"{width} × part", width * share, "deepspeed/runtime/zero/partition_parameters.py"),
+    ]
+
+
+def _gathered_to_save(setup: Setup) -> Parts:
+    """Rank 0 of the node holds the whole state dict (bmt.save, FSDP, DeepSpeed when asked)."""
+    if setup.mode == "infer" or setup.gpus == 1 or setup.engine in ("none", "ddp", "megatron"):
+        return ()
+    count = setup.trained_parameters if setup.trains_adapters else setup.shape.parameters
+    size = weight_bytes(setup) * count
+    return (part("the model on rank 0", f"{weight_bytes(setup)}N", size, "bmtrain/store.py; torch, full state dict"),)

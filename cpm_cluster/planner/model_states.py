@@ -1,0 +1,332 @@
+"""Weights, gradients and optimizer states on one GPU, at rest, while computing and in the optimizer step.
+
+Symbols: N parameters (N' of a pipeline stage and tensor rank), T trained parameters, n data-parallel ranks that share a
+state, V vocabulary, h hidden. Sources are files of the engine's repository, or papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cpm_cluster.planner.fit import Component
+from cpm_cluster.planner.setup import Setup
+from cpm_cluster.planner.stages import Stage
+
+ZERO = "ZeRO, Rajbhandari et al. 2020"
+DTYPE = "bytes of the data type"
+ADAM = "Adam, Kingma and Ba 2015"
+DEEPSPEED_ENGINE = "deepspeed/runtime/engine.py, _configure_distributed_model"
+STAGE_2 = "deepspeed/runtime/zero/stage_1_and_2.py"
+STAGE_3 = "deepspeed/runtime/zero/stage3.py"
+FSDP_REDUCES = "torch/distributed/fsdp/_runtime_utils.py"
+# Defaults of deepspeed/runtime/zero/config.py, elements.
+DEEPSPEED_BUCKET = 500_000_000  # reduce_bucket_size
+MAX_LIVE = 1_000_000_000  # stage3_max_live_parameters
+SUB_GROUP = 1_000_000_000  # sub_group_size: stage 3 steps in groups of so many
+# Bytes of a frozen weight. NF4: 4 bits and an fp32 scale for each 64; double quantisation: 0.127 bits for scales
+# (QLoRA, Dettmers et al. 2023). GPTQ and int4: groups of 128 with an fp16 scale and a 4-bit zero;
+# int8: the scale alone (assumed).
+QUANTISED_BYTES = {
+    "nf4": 0.5 + 4 / 64,
+    "nf4_dq": 0.5 + 0.127 / 8,
+    "int4": 0.5 + 2.5 / 128,
+    "int4_gptq": 0.5 + 2.5 / 128,
+    "int8": 1.0 + 2 / 128,
+    "int8_gptq": 1.0 + 3 / 128,
+}
+
+
+@dataclass(frozen=True)
+class States:
+    """Components by when they are there."""
+
+    at_rest: tuple[Component, ...]  # always
+    gradients: tuple[Component, ...] = ()  # from the backward pass to the step
+    computing: tuple[Component, ...] = ()  # in the forward and backward pass
+    reducing: tuple[Component, ...] = ()  # in the backward pass
+    stepping: tuple[Component, ...] = ()  # in the optimizer step
+    flat_in_step: tuple[Component, ...] = ()  # in the step; too large for what the allocator's cache has free
+    staging: tuple[Component, ...] = ()  # while the engine is built, before anything else
+
+
+def model_states(setup: Setup, stage: Stage) -> States:
+    if setup.mode == "infer":
+        return States(tuple(_frozen(setup, stage.parameters / setup.shape.parameters)))
+    return ENGINES[setup.engine](setup, stage)
+
+
+def part(name: str, formula: str, size: float, source: str) -> Component:
+    return Component(name, max(0, round(size)), formula, source)
+
+
+def weight_bytes(setup: Setup) -> int:
+    """Of an element in forward and backward."""
+    return 4 if setup.precision == "fp32" else 2
+
+
+def over(ranks: int) -> str:
+    return f"/{ranks}" if ranks > 1 else ""
+
+
+def _frozen(setup: Setup, share: float, ranks: int = 1) -> list[Component]:
+    """Weights that nothing trains, in their own format."""
+    shape = setup.shape
+    if not setup.quantised:
+        whole = weight_bytes(setup)
+        size = whole * shape.parameters * share / ranks
+        name = "weights" if setup.mode == "infer" else "frozen weights"
+        return [part(name, f"{whole}N" + over(ranks), size, DTYPE)]
+    width = QUANTISED_BYTES[setup.precision]
+    linear = shape.layers * shape.linear_parameters_per_layer
+    if quantises_the_head(setup):
+        linear += shape.embedding_parameters
+    rest = shape.parameters - linear
+    # peft's prepare_model_for_kbit_training casts what stays unquantised to fp32 (not with GPTQ: assumed there).
+    wide = 2 if setup.engine_version.startswith("litgpt") or setup.mode == "infer" else 4
+    return [
+        part(
+            f"{setup.precision} weights", f"{width:.3f} linear" + over(ranks), width * linear * share / ranks, "QLoRA"
+        ),
+        part("embeddings and norms", f"{wide} × the rest" + over(ranks), wide * rest * share / ranks, DTYPE),
+    ]
+
+
+def quantises_the_head(setup: Setup) -> bool:
+    """litgpt quantises every linear layer, the others leave the head alone."""
+    return setup.engine_version.startswith("litgpt") and not setup.shape.tied_embeddings
+
+
+def _trained(setup: Setup, stage: Stage) -> float:
+    return setup.trained_parameters * stage.parameters / setup.shape.parameters
+
+
+def _moments(setup: Setup, width: int) -> int:
+    """Bytes of Adam's two moments, each in the format of the weights that it steps."""
+    return 2 if setup.optimizer == "adamw_8bit" else 2 * width
+
+
+def _foreach(setup: Setup, width: int, trained: float) -> tuple[Component, ...]:
+    """Since torch 2.0 AdamW steps all tensors at once: square roots and denominators of all; in place from 2.1 on."""
+    copies = {(2, 0): 2, (1, 13): 0, (1, 11): 0}.get(setup.torch_version, 1)
+    if copies == 0 or setup.optimizer == "adamw_8bit":
+        return ()
+    return (part("AdamW temporaries", f"{copies * width}T", copies * width * trained, "torch/optim, foreach AdamW"),)
+
+
+def _one_process(setup: Setup, stage: Stage) -> States:
+    """No sharding."""
+    trained = _trained(setup, stage)
+    share = stage.parameters / setup.shape.parameters
+    adapters = setup.trains_adapters
+    pure = setup.precision.endswith("_pure") or "litgpt" in setup.engine_version
+    at_rest: list[Component] = []
+    if adapters:
+        at_rest += _frozen(setup, share)
+    elif setup.mode == "reward":
+        at_rest.append(part("frozen weights", "4(N - T)", 4 * (stage.parameters - trained), DTYPE))
+    whole = setup.fully_trained_vocabulary * share if adapters else 0.0  # copied as loaded (peft's modules_to_save)
+    rest = trained - whole
+    width = 2 if pure else 4
+    parts = [(rest, width, "")] + ([(whole, 2, " of the vocabulary")] if whole else [])
+    gradients: list[Component] = []
+    stepping: list[Component] = []
+    for count, w, what in parts:
+        moments = _moments(setup, w)
+        at_rest.append(part("trained weights" + what, f"{w}T", w * count, DTYPE))
+        at_rest.append(part("Adam moments" + what, f"{moments}T", moments * count, ADAM))
+        gradients.append(part("gradients" + what, f"{w}T", w * count, DTYPE))
+        stepping += _foreach(setup, w, count)
+    casts: tuple[Component, ...] = ()
+    if not pure and not adapters and setup.precision in ("fp16", "bf16"):
+        casts = (part("half copies of the weights", "2N'", 2 * stage.parameters, "torch autocast's cache"),)
+    return States(tuple(at_rest), tuple(gradients), casts, stepping=tuple(stepping))
+
+
+def _ddp(setup: Setup, stage: Stage) -> States:
+    """As one process; buckets are a second copy of the gradients (gradient_as_bucket_view=False)."""
+    alone = _one_process(setup, stage)
+    size = sum(component.bytes for component in alone.gradients)
+    buckets = part("buckets", "gradients once more", size, "torch/nn/parallel/distributed.py")
+    return States((*alone.at_rest, buckets), alone.gradients, alone.computing, stepping=alone.stepping)
+
+
+def _deepspeed(setup: Setup, stage: Stage) -> States:
+    """Half-precision weights; fp32 master copy, moments and step over n. Stage 3 shards the weights as well."""
+    n, level = setup.shards, setup.zero_stage
+    width, trained = weight_bytes(setup), _trained(setup, stage)
+    weights_over, states_over = (n if level >= 3 else 1), (n if level >= 1 else 1)
+    on_host = setup.offload_optimizer
+    at_rest: list[Component] = []
+    if not (setup.offload_param and level >= 3):
+        if setup.trains_adapters:
+            at_rest += _frozen(setup, 1.0, weights_over)
+        elif setup.mode == "reward":
+            frozen = width * (stage.parameters - trained) / weights_over
+            at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
+        at_rest.append(part("trained weights", f"{width}T" + over(weights_over), width * trained / weights_over, ZERO))
+    if not on_host:
+        states = (0 if width == 4 else 4) + _moments(setup, 4)
+        name = "Adam moments" if width == 4 else "master copy and moments"
+        at_rest.append(part(name, f"{states}T" + over(states_over), states * trained / states_over, ZERO))
+    if level == 2:
+        at_rest.append(_bucket(setup, width, trained))
+    gradients = []
+    if level <= 1 or not on_host:
+        gradients_over = n if level >= 2 else 1
+        gradients.append(part("gradients", f"{width}T" + over(gradients_over), width * trained / gradients_over, ZERO))
+    flat = []
+    if not on_host and width == 2 and not setup.trains_adapters:
+        group = min(trained / states_over, SUB_GROUP) if level >= 3 else trained / states_over
+        source = STAGE_3 if level >= 3 else STAGE_2
+        flat.append(part("fp32 gradients", "4T" + over(states_over), 4 * group, source))
+    computing = _gathered(setup, width, n) if level >= 3 else []
+    reducing = [_largest_gradient(setup, width)] if level == 2 and not setup.trains_adapters else []
+    staging = []
+    if level >= 3 and not setup.zero_init:
+        staging.append(part("the whole model", f"{width}N", width * stage.parameters, DEEPSPEED_ENGINE))
+    return States(tuple(at_rest), tuple(gradients), tuple(computing), tuple(reducing), (), tuple(flat), tuple(staging))
+
+
+def largest_matrix(setup: Setup) -> int:
+    shape = setup.shape
+    return max(shape.embedding_parameters, *(rows * columns for rows, columns in shape.linear_shapes.values()))
+
+
+def _largest_gradient(setup: Setup, width: int) -> Component:
+    """A tensor's gradient waits whole for its reduction, and is made fp32 on its way to the host."""
+    each = width + (4 if setup.offload_optimizer and width == 2 else 0)
+    size = each * largest_matrix(setup)
+    return part("gradient of the largest matrix", f"{each} × largest", size, STAGE_2)
+
+
+def _bucket(setup: Setup, width: int, trained: float) -> Component:
+    """One buffer, two where reduction overlaps the backward pass; a larger tensor is reduced by itself."""
+    buffers = 2 if setup.overlap_comm else 1
+    elements = setup.bucket_elements or DEEPSPEED_BUCKET
+    if trained < elements and setup.trains_adapters:
+        buffers, elements = 1, round(trained)  # reduced at once
+    size = buffers * width * elements
+    return part("reduce bucket", f"{buffers * width} × bucket", size, STAGE_2)
+
+
+def _gathered(setup: Setup, width: int, n: int) -> list[Component]:
+    """Stage 3: weights that are gathered at once, and the largest matrix with its gradient."""
+    shape = setup.shape
+    largest = largest_matrix(setup)
+    live = min(shape.parameters, max(setup.max_live_params or MAX_LIVE, shape.parameters_per_layer))
+    reduced = 0.0
+    if setup.mode == "full":  # the gradient, flattened for the reduce-scatter, and its part in half and fp32
+        reduced = (width + 2 * width / n) * largest
+    if shape.tied_embeddings and setup.mode == "full":
+        reduced += width * shape.embedding_parameters  # the head's gradient waits for the embedding's
+    return [
+        part("gathered weights", f"{width} × live", width * live, "deepspeed/runtime/zero/config.py"),
+        part(
+            "largest matrix",
+            f"{3 * width} + {2 * width}/n",
+            2 * width * largest + reduced,
+            STAGE_3,
+        ),
+    ]
+
+
+def _fsdp(setup: Setup, stage: Stage) -> States:
+    """Shards in the precision of the checkpoint (fp32, or half where that is pure); half-precision units in flight."""
+    shape, n = setup.shape, setup.shards if setup.zero_stage else 1
+    width = 2 if setup.precision.endswith("_pure") or setup.trains_adapters else 4
+    trained = _trained(setup, stage)
+    weights_over = n if setup.zero_stage >= 3 else 1
+    at_rest: list[Component] = []
+    if not setup.offload_param:
+        if setup.trains_adapters:
+            at_rest += _frozen(setup, 1.0, weights_over)
+        at_rest.append(part("trained weights", f"{width}T" + over(weights_over), width * trained / weights_over, ZERO))
+    if not setup.zero_init:
+        whole = 2 * stage.parameters
+        at_rest.append(part("the unsharded weights", "2N", whole, "assumed: read before sharding, and kept"))
+    if not setup.offload_optimizer:
+        moments = _moments(setup, width)
+        at_rest.append(part("Adam moments", f"{moments}T" + over(n), moments * trained / n, ADAM))
+    gradients = (part("gradients", f"{width}T" + over(n), width * trained / n, ZERO),)
+    unit = QUANTISED_BYTES.get(setup.precision, 2) * shape.parameters_per_layer / setup.tp
+    computing = [part("gathered blocks", "2 × block", 2 * unit, "torch/distributed/fsdp, BACKWARD_PRE")]
+    if not setup.trains_adapters:
+        root = 2 * shape.vocabulary_matrices * shape.embedding_parameters / setup.tp
+        computing.append(part("gathered embeddings", "2Vh for each", root, "torch/distributed/fsdp, root"))
+        computing.append(
+            part("gradients of a block", "2 × block", 2 * shape.parameters_per_layer / setup.tp, FSDP_REDUCES)
+        )
+    return States(tuple(at_rest), gradients, tuple(computing), stepping=_foreach(setup, width, trained / n))
+
+
+def _megatron(setup: Setup, stage: Stage) -> States:
+    """Half-precision weights of the stage; states over n with the distributed optimizer or ZeRO-1."""
+    local, n = stage.parameters, setup.shards if setup.zero_stage else 1
+    if setup.trains_adapters:
+        share = _trained(setup, stage)
+        return States((part("frozen weights", "2N'", 2 * local, DTYPE), part("adapters", "18T'", 18 * share, ZERO)))
+    weights = part("weights", "2N'", 2 * local, DTYPE)
+    states = part("master copy and moments", "12N'" + over(n), 12 * local / n, ZERO)
+    if "DeepSpeed" not in setup.engine_version:
+        return States((weights, states, part("gradients", "4N'", 4 * local, "Megatron-LM, docs/…/dist_optimizer.md")))
+    if setup.precision == "bf16_fp32grad":
+        return States(
+            (weights, states, part("gradients in fp32", "4N'", 4 * local, "deepspeed/runtime/bf16_optimizer.py")),
+            (part("gradients and their flat copy", "4N'", 4 * local, "bf16_optimizer.py: 2N'; the copy is assumed"),),
+        )
+    at_rest = [weights, states]
+    if setup.pp == 1:
+        bucket = min(local, DEEPSPEED_BUCKET)
+        at_rest.append(
+            part("reduce and gather buckets", "4 × bucket", 4 * bucket, "assumed: one to reduce, one to gather")
+        )
+    flat = (
+        part("fp32 gradients", "4N'" + over(n), 4 * local / n, STAGE_2),
+        part("gathered parts", "4N'" + over(n), 4 * local / n, FITTED_PARTS),
+    )
+    return States(tuple(at_rest), (part("gradients", "2N'", 2 * local, DTYPE),), flat_in_step=flat)
+
+
+FITTED_PARTS = "fitted: half gradients and weights of the part, as they are reduced and gathered"
+
+
+def _bmtrain(setup: Setup, stage: Stage) -> States:
+    """All sharded at rest in both stages; a block at a time is gathered, embeddings whole.
+
+    Weights that are frozen once their block is made have storage for gradients, too. Stage 2 keeps gathered weights to
+    the backward pass. Before 1.0 the code of zero_context.py is in block_layer.py.
+    """
+    n, shape = setup.shards, setup.shape
+    width, trained, whole = weight_bytes(setup), _trained(setup, stage), stage.parameters
+    at_rest = [part("weights", f"{width}N" + over(n), width * whole / n, "bmtrain/block_layer.py")]
+    at_rest.append(part("gradients", f"{width}N" + over(n), width * whole / n, "bmtrain/zero_context.py"))
+    if not setup.offload_optimizer:
+        moments = 6 if setup.precision.startswith("fp16") else 8  # fp16: the first moment in half
+        states = moments + (4 if width == 2 else 0)
+        at_rest.append(
+            part("master copy and moments", f"{states}T" + over(n), states * trained / n, "bmtrain/optim/adam.py")
+        )
+    prefetched = 2 if setup.overlap_comm else 1
+    block = 2 * width * shape.parameters_per_layer * prefetched
+    embeddings = 2 * width * shape.vocabulary_matrices * shape.embedding_parameters
+    computing = [
+        part("gathered block, its gradients", f"{2 * width} × block", block, "bmtrain/zero_context.py"),
+        part("gathered embeddings, their gradients", f"{2 * width}Vh", embeddings, "bmtrain/parameter.py"),
+    ]
+    if setup.zero_stage == 2:
+        kept = width * shape.layers * shape.parameters_per_layer
+        computing.append(
+            part("weights kept to the backward pass", f"{width} × blocks", kept, "bmtrain/zero_context.py")
+        )
+    return States(tuple(at_rest), computing=tuple(computing))
+
+
+ENGINES: dict[str, Callable[[Setup, Stage], States]] = {
+    "none": _one_process,
+    "ddp": _ddp,
+    "deepspeed": _deepspeed,
+    "fsdp": _fsdp,
+    "megatron": _megatron,
+    "bmtrain": _bmtrain,
+}

@@ -1,0 +1,41 @@
+"""What the fullest stages of a pipeline hold: parameters, blocks, micro batches in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpm_cluster.planner.setup import Setup
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pipeline stage, for one tensor-parallel rank."""
+
+    name: str
+    parameters: float  # N': of the model, on one GPU before data-parallel sharding
+    blocks: int
+    micro_batches: float  # whose activations it holds at once
+    has_head: bool
+
+
+def stages(setup: Setup) -> tuple[Stage, ...]:
+    """The first and the last stage; the whole model without a pipeline.
+
+    1F1B (Narayanan et al. 2021): the first stage holds as many micro batches as there are stages; interleaving with v
+    chunks holds 1 + (p - 1)/(p v) times that.
+    """
+    shape, p = setup.shape, setup.pp
+    if p == 1:
+        return (Stage("", shape.parameters / setup.tp, shape.layers, 1.0, True),)
+    if setup.embeddings_count_as_layers:
+        blocks = max(1, -(-(shape.layers + 2) // p) - 1)
+    else:
+        blocks = -(-shape.layers // p)
+    parameters = (blocks * shape.parameters_per_layer + shape.embedding_parameters) / setup.tp
+    if setup.engine == "none":  # one card after another, one micro batch
+        return (Stage("last card", parameters, blocks, 1.0, True),)
+    in_flight = float(min(p, setup.grad_accum)) * (
+        1 + (p - 1) / (p * setup.virtual_stages) * (setup.virtual_stages > 1)
+    )
+    first = Stage("first stage", parameters, blocks, in_flight, False)
+    return (first, Stage("last stage", parameters, blocks, 1.0, True))
