@@ -32,6 +32,7 @@ lint: $(READY)
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/cold_start.py
 	$(BENCH)/bin/python benchmarks/launch_overhead.py
+	$(BENCH)/bin/python benchmarks/planner_speed.py
 	$(BENCH)/bin/python benchmarks/planner_accuracy.py --hold-out
 
 clean:

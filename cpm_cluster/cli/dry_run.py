@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from cpm_cluster.cli.fit_text import demand_line, time_lines
 from cpm_cluster.launch.prepare import Prepared
 from cpm_cluster.launch.runtimes import SYMBOLIC_NODE, run_argv
 from cpm_cluster.launch.sbatch import agent_argv, batch_script, by_hand, wrapped
-from cpm_cluster.planner.fit import Demand
+from cpm_cluster.planner.fit import Fit
 from cpm_cluster.specs.problems import printable
-from cpm_cluster.specs.values import format_size
 
 
 def as_data(prepared: Prepared, expected_start: str = "") -> dict[str, Any]:
@@ -23,13 +23,37 @@ def as_data(prepared: Prepared, expected_start: str = "") -> dict[str, Any]:
     plan = prepared.plan
     return {
         "plan": json.loads(plan.to_json()),
-        "fit": [asdict(demand) | {"verdict": demand.verdict} for demand in prepared.fit.demands],
-        "advice": list(prepared.fit.advice),
+        **fit_data(prepared.fit),
         "script": batch_script(plan) if plan.scheduler == "slurm" else None,
         "agent_argv": agent_argv(plan),
         "node_argv": run_argv(plan, SYMBOLIC_NODE),
         "by_hand": by_hand(plan),
         "expected_start": expected_start or None,
+    }
+
+
+def fit_data(fit: Fit) -> dict[str, Any]:
+    """The planner's answer, for programs."""
+    time = fit.time
+    return {
+        "verdict": fit.verdict,
+        "fit": [asdict(demand) | {"bytes": demand.bytes, "verdict": demand.verdict} for demand in fit.demands],
+        "time": time
+        and {
+            **asdict(time),
+            "seconds": time.seconds,
+            "low_s": time.low_s,
+            "high_s": time.high_s,
+            "segments": time.segments,
+            "verdict": time.verdict,
+            "step_seconds": time.step.seconds,
+            "tokens_per_second_per_gpu": time.step.tokens_per_second_per_gpu,
+            "tokens_per_day": time.step.tokens_per_day,
+            "mfu": time.step.mfu,
+        },
+        "cost": fit.cost and asdict(fit.cost),
+        "advice": [asdict(advice) for advice in fit.advice],
+        "notes": list(fit.notes),
     }
 
 
@@ -48,8 +72,7 @@ def _lines(prepared: Prepared, expected_start: str) -> Iterator[str]:
         yield expected_start
     for warning in plan.warnings:
         yield f"warning: {printable(warning)}"
-    yield from _section("Does it fit?", (_demand(demand) for demand in prepared.fit.demands))
-    yield from (f"  {advice}" for advice in prepared.fit.advice)
+    yield from _section("Does it fit?", _fit(prepared.fit))
     if plan.scheduler == "slurm":
         yield from _section("Batch script", batch_script(plan).splitlines(), indent="")
     else:
@@ -66,11 +89,11 @@ def _section(title: str, lines: Any, indent: str = "  ") -> Iterator[str]:
         yield from found
 
 
-def _demand(demand: Demand) -> str:
-    have = f" of {format_size(demand.capacity_bytes)}" if demand.capacity_bytes is not None else ""
-    size = f"{demand.size} for each {demand.per}{have}"
-    parts = ", ".join(f"{c.name} {format_size(c.bytes)}" for c in demand.components)
-    return f"{demand.resource:<11} {demand.verdict}: {size}, {demand.instant} ({parts})"
+def _fit(fit: Fit) -> Iterator[str]:
+    yield from map(demand_line, fit.demands)
+    yield from time_lines(fit)
+    yield from fit.notes
+    yield from (f"would fit: {advice}" for advice in fit.advice)
 
 
 def _variable(setting: Any) -> str:

@@ -29,8 +29,12 @@ def job_named(word: str) -> Path | None:
 
 def catalogue() -> Catalogue:
     """The configs of whoever types, and those that ship with the package."""
-    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return default_catalogue(Path.cwd(), config_home)
+    return default_catalogue(Path.cwd(), config_home())
+
+
+def config_home() -> Path:
+    """Where people keep their settings (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
 
 
 def has_slurm() -> bool:

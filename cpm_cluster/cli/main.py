@@ -17,6 +17,7 @@ from cpm_cluster.cli import exit_codes
 
 VERBS = {
     "submit": "submit a job file, and follow it",
+    "plan": "whether a job fits, how long it takes, what it costs",
     "status": "what has become of a run",
     "logs": "what a run printed",
     "cancel": "end a run",
@@ -61,6 +62,7 @@ def cli() -> None:
     \b
     cpm submit jobs/quickstart.yaml            train a small model here
     cpm submit jobs/lora_100b.yaml --dry-run   see what a cluster would run
+    cpm plan jobs/lora_100b.yaml               whether it fits, how long it takes, what it costs
     cpm status                                 the newest run
     cpm VERB --help                            what a verb does, with examples
     """

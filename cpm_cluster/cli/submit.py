@@ -48,6 +48,7 @@ Examples:
     is_flag=True,
     help="Run it with a tiny model: same nodes, ranks, container, mounts and script; stop it, and see it go on.",
 )
+@click.option("--force", is_flag=True, help="Submit a job that does not fit; the run's record says so.")
 @click.option("--detach", is_flag=True, help="Return at once instead of following the run.")
 @options.runs_dir
 @options.as_json
@@ -58,6 +59,7 @@ def command(
     export: Path | None,
     explain: str | None,
     rehearsing: bool,
+    force: bool,
     detach: bool,
     runs_dir: Path,
     as_json: bool,
@@ -75,20 +77,34 @@ def command(
         return _explain(prepared, explain, as_json)
     if dry_run:
         return _show(prepared, as_json)
-    if prepared.fit.ruled_out:
-        click.echo("error: this job does not fit:\n  " + "\n  ".join(prepared.fit.advice), err=True)
+    if not _may_go(prepared, force):
         return exit_codes.DOES_NOT_FIT
-    for warning in prepared.plan.warnings:
-        click.echo(f"warning: {warning}", err=True)
     return _export(prepared, job, export, as_json) if export else _submit(prepared, job, detach, as_json)
 
 
+def _may_go(prepared: Prepared, force: bool) -> bool:
+    """Say what the planner found, and whether the job is submitted."""
+    from cpm_cluster.cli.fit_text import headline, refusal
+
+    fit = prepared.fit
+    if fit.does_not_fit and not force:
+        click.echo(f"error: {refusal(fit)}", err=True)
+        return False
+    forced = [f"submitted nevertheless (--force): {text}" for text in fit.shortages()]
+    for warning in (*prepared.plan.warnings, *forced, *(f"tight: {text}" for text in fit.shortages("tight"))):
+        click.echo(f"warning: {warning}", err=True)
+    if fit.told != "not judged":
+        click.echo(headline(fit), err=True)
+    return True
+
+
 def _prepare(job: Path, overrides: tuple[str, ...], runs_dir: Path) -> Prepared:
+    from cpm_cluster.cli.calibrate import calibration_for
     from cpm_cluster.runs.run import new_run_id, run_directory
 
     spec = read_job(job, overrides, here.catalogue(), here.has_slurm())
     run_id = new_run_id(spec.name)
-    return prepare(spec, run_id, run_directory(runs_dir, run_id), here.submitter())
+    return prepare(spec, run_id, run_directory(runs_dir, run_id), here.submitter(), calibration_for(spec))
 
 
 def _rehearse(job: Path, overrides: tuple[str, ...], runs_dir: Path, as_json: bool, dry_run: bool) -> int:
@@ -133,7 +149,7 @@ def _show(prepared: Prepared, as_json: bool) -> int:
         click.echo(json.dumps(as_data(prepared, expected), indent=1, ensure_ascii=False))
     else:
         click.echo(as_text(prepared, expected), nl=False)
-    return exit_codes.DOES_NOT_FIT if prepared.fit.ruled_out else exit_codes.OK
+    return exit_codes.DOES_NOT_FIT if prepared.fit.does_not_fit else exit_codes.OK
 
 
 def _expected_start(plan: LaunchPlan) -> str:

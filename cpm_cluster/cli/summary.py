@@ -32,12 +32,19 @@ def _lines(run: Run, state: State, verdict: Verdict | None) -> Iterator[str]:
         yield f"  {verdict}"
     elif state.progress:
         yield f"  {progress_line(state.progress)}"
+    yield from (f"  {line}" for line in _planned_and_measured(run))
     yield f"  run directory:  {run.files.root}"
     yield f"  {'log of rank 0:' if run.plan.trainer else 'log:':<14}  cpm logs {run.id}"
     if (run.files.root / "tb").is_dir():
         yield f"  curves:         tensorboard --logdir {run.files.root / 'tb'}"
     if (run.files.root / "weights").is_dir():
         yield f"  weights:        {run.files.root / 'weights'}"
+
+
+def _planned_and_measured(run: Run) -> list[str]:
+    from cpm_cluster.cli.calibrate import planned_beside_measured  # only at a run's end: it loads the planner
+
+    return list(planned_beside_measured(run))
 
 
 def _curve(metrics: list[dict[str, Any]]) -> Iterator[str]:

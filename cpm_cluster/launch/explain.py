@@ -52,12 +52,26 @@ def explanations(spec: JobSpec, fit: Fit, plan: LaunchPlan) -> Iterator[Explanat
         origin = set_by(spec, f"cluster.runtimes.{plan.runtime}.modules")
         yield Explanation("modules", module, origin, f"loaded before {plan.runtime} is used")
     yield Explanation("runtime", plan.runtime, set_by(spec, "runtime"), _runtime_reason(spec))
-    for demand in fit.demands:
-        parts = "; ".join(f"{c.name} {format_size(c.bytes)}: {c.formula}" for c in demand.components)
-        value = f"{demand.size} for each {demand.per}, {demand.verdict}"
-        yield Explanation(f"fit.{demand.resource.replace(' ', '_')}", value, "computed", f"{demand.instant}: {parts}")
+    yield from _of_fit(fit)
     for key, (text, why) in CORRECTIONS.items():
         yield Explanation(key, text, "the CPM-9G manual", f"corrected: {why}")
+
+
+def _of_fit(fit: Fit) -> Iterator[Explanation]:
+    for demand in fit.demands:
+        parts = "; ".join(f"{c.name} {format_size(c.bytes)}: {_basis(c.formula, c.source)}" for c in demand.components)
+        value = f"{demand.size} for each {demand.per}, {demand.verdict}"
+        yield Explanation(f"fit.{demand.resource.replace(' ', '_')}", value, "computed", f"{demand.instant}: {parts}")
+    if fit.time:
+        terms = "; ".join(f"{t.name} {t.seconds:.3g} s: {_basis(t.formula, t.source)}" for t in fit.time.step.terms)
+        value = f"{fit.time.size}, {fit.time.verdict}; {fit.time.limit}"
+        yield Explanation("fit.time", value, "computed", f"{fit.time.steps:,} steps of {terms}")
+    if fit.cost and fit.cost.price_usd:
+        yield Explanation("fit.price", f"{fit.cost.price_usd.value:,.0f} USD", "computed", fit.cost.price_source)
+
+
+def _basis(formula: str, source: str) -> str:
+    return f"{formula} ({source})" if source else formula
 
 
 def matching(found: list[Explanation], key: str) -> list[Explanation]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cpm_cluster.launch.plan import LaunchPlan
 from cpm_cluster.launch.resolve import Submitter, resolve
-from cpm_cluster.planner.estimate import estimate
+from cpm_cluster.planner.answer import answer
+from cpm_cluster.planner.calibration import Calibration
 from cpm_cluster.planner.fit import Fit
 from cpm_cluster.specs.catalogue import Catalogue
 from cpm_cluster.specs.compose import load_job
@@ -33,6 +34,8 @@ def read_job(path: Path, overrides: Sequence[str], catalogue: Catalogue, has_slu
     return load_job(path, overrides, catalogue, "slurm" if has_slurm else "local")
 
 
-def prepare(spec: JobSpec, run_id: str, run_dir: Path, submitter: Submitter) -> Prepared:
+def prepare(
+    spec: JobSpec, run_id: str, run_dir: Path, submitter: Submitter, calibration: Calibration | None = None
+) -> Prepared:
     """The job with its fit and its plan."""
-    return Prepared(spec, estimate(spec), resolve(spec, run_id, str(run_dir), submitter))
+    return Prepared(spec, answer(spec, calibration), resolve(spec, run_id, str(run_dir), submitter))

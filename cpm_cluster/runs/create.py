@@ -16,12 +16,13 @@ from cpm_cluster.runs.snapshot import copy_package, take_snapshot
 
 @dataclass(frozen=True)
 class Records:
-    """The texts that a new run directory holds."""
+    """The texts that a new run directory holds; `forced` is what does not fit of a run that was made nevertheless."""
 
     job: bytes
     resolved: str
     script: str | None
     fit: str
+    forced: tuple[str, ...] = ()
 
 
 def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
@@ -55,8 +56,10 @@ def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
             write_text(files.script, records.script, 0o755)
         if plan.trainer is not None:
             write_json(files.trainer, plan.trainer)
-        write_json(files.provenance, provenance(snapshot))
+        write_json(files.provenance, {**provenance(snapshot), "forced": records.forced})
         append_event(files.events("submitter"), "created")
+        if records.forced:
+            append_event(files.events("submitter"), "forced", shortages=records.forced)
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

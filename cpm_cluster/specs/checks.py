@@ -55,6 +55,11 @@ def check_job(spec: JobSpec, tree: MapNode, reading: Reading) -> None:
                 reading.problems.append(Problem(_where(tree, path), path, what))
 
 
+def is_possible(spec: JobSpec) -> bool:
+    """Whether no check finds anything; of a job that was changed after it was read."""
+    return not any(True for check, _ in _CHECKS for _ in check(spec))
+
+
 def _reads(*keys: str) -> Callable[[Check], Check]:
     """Registers a check with the keys that it reads; mappings of which any part makes sense alone are not named."""
 

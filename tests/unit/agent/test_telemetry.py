@@ -108,7 +108,7 @@ def test_the_first_sample_comes_soon_after_the_ranks_the_next_after_the_interval
         first, second = it.sampled(2)[:2]
     (environment,) = it.lines("nccl_environment")
     assert first["time"] - environment["time"] >= 0.2
-    assert 0.55 <= second["time"] - first["time"] < 5
+    assert 0.3 <= second["time"] - first["time"] < 10
 
 
 def test_without_any_rank_the_program_itself_is_measured(watched):

@@ -1,0 +1,163 @@
+"""What a job needs of GPUs, hosts, /dev/shm, disks and time, by the models of memory and of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from cpm_cluster.planner.calibration import (
+    Calibration,
+    calibrated_gpu,
+    calibrated_host,
+    calibrated_time,
+    host_spread,
+)
+from cpm_cluster.planner.fit import Component, Demand, RunTime
+from cpm_cluster.planner.gpu_memory import GpuMemory, Instant, gpu_memory, gpu_need
+from cpm_cluster.planner.host_memory import HostInstant, host_memory
+from cpm_cluster.planner.job_setup import as_loaded, host_capacity
+from cpm_cluster.planner.memory_constants import MIB
+from cpm_cluster.planner.model_states import DTYPE, part
+from cpm_cluster.planner.setup import Setup
+from cpm_cluster.planner.shared_memory import shared_memory
+from cpm_cluster.planner.step_time import step_time
+from cpm_cluster.specs.job import JobSpec
+
+GB = 10**9
+# A rank without a GPU: Python and torch; 0.38 GB with 1.2e6 parameters in training, measured with torch 2.13.
+CPU_RANK_BYTES = 400_000_000
+CPU_SPREAD = 0.3
+OURS = ("fsdp", "ddp")  # jobs reach these through our torch engine alone
+TORCH_ENGINE = "training/engines/torch_engine.py"
+
+
+def demands(spec: JobSpec, setup: Setup | None, calibration: Calibration | None = None) -> Iterator[Demand]:
+    """Of a job and its setup; without a setup, what does not depend on what computes."""
+    if setup is not None:
+        if spec.resources.gpus_per_node:
+            yield gpu_demand(setup, calibration)
+            yield host_demand(setup, host_capacity(spec), calibration)
+        else:
+            yield cpu_demand(setup, host_capacity(spec))
+    yield from _shared_memory(spec)
+    if setup is not None:
+        yield _checkpoints(spec, setup)
+    yield from _image(spec)
+
+
+def gpu_demand(setup: Setup, calibration: Calibration | None = None) -> Demand:
+    memory = card_memory(setup, calibration)
+    capacity = setup.gpu_memory_mib * MIB or None
+    binding = memory.binding
+    return Demand("GPU memory", "GPU", binding.name, binding.components, capacity, memory.low, memory.high)
+
+
+def card_memory(setup: Setup, calibration: Calibration | None = None) -> GpuMemory:
+    """What a card must have."""
+    return calibrated_gpu(calibration, setup, lambda one: in_wide_weights(gpu_need(one), one))
+
+
+def host_demand(setup: Setup, capacity: int | None, calibration: Calibration | None = None) -> Demand:
+    binding = node_memory(setup, calibration)
+    spread = host_spread(calibration, setup, binding)
+    low, high = round(binding.bytes * (1 - spread)), round(binding.bytes * (1 + spread))
+    return Demand("host memory", "node", binding.name, binding.components, capacity, low, high)
+
+
+def node_memory(setup: Setup, calibration: Calibration | None = None) -> HostInstant:
+    """The fullest moment of a node."""
+    *others, saving = host_memory(as_loaded(setup)).instants
+    instants = (calibrated_host(calibration, setup, one) for one in (*others, _saving(setup, saving)))
+    return max(instants, key=lambda instant: instant.bytes)
+
+
+def cpu_demand(setup: Setup, capacity: int | None) -> Demand:
+    """Without GPUs, what would be on them is in the memory of the node, once for each rank."""
+    ranks = setup.ranks_per_node
+    memory = in_wide_weights(gpu_memory(replace(setup, metric="allocated")), setup)
+    binding = memory.binding
+    base = part("processes", f"{ranks} × {CPU_RANK_BYTES / GB:g} GB", ranks * CPU_RANK_BYTES, "measured")
+    each = tuple(_times(component, ranks) for component in binding.components)
+    low = round((1 - CPU_SPREAD) * base.bytes) + ranks * memory.low
+    high = round((1 + CPU_SPREAD) * base.bytes) + ranks * memory.high
+    return Demand("host memory", "node", binding.name, (base, *each), capacity, low, high)
+
+
+def run_time(spec: JobSpec, setup: Setup, calibration: Calibration | None = None) -> RunTime | None:
+    """None on CPUs, of which no rate is known: real ones, and those behind pretended GPUs."""
+    if not spec.resources.gpus_per_node or spec.cluster.pretend_gpus:
+        return None
+    cluster = spec.cluster
+    return RunTime(
+        step=calibrated_time(calibration, setup, step_time(setup, spec.gpu)),
+        steps=spec.training.steps,
+        limit_s=spec.time_limit_s,
+        warning_s=spec.signal_lead_s or cluster.signal_lead_s,
+        starts_again=cluster.scheduler == "slurm",  # the batch script sees to it, whatever JobRequeue says
+    )
+
+
+def in_wide_weights(memory: GpuMemory, setup: Setup) -> GpuMemory:
+    """Our torch engine keeps frozen weights and adapters in fp32, and casts them as it computes.
+
+    The model of adapters counts 2 bytes of each: what comes on top is added to every instant.
+    """
+    if setup.engine not in OURS or not setup.trains_adapters or setup.precision == "fp32":
+        return memory
+    ranks = setup.shards if setup.zero_stage else 1
+    extra = [part("frozen weights in fp32", "2N more", 2 * setup.shape.parameters / ranks, TORCH_ENGINE)]
+    passing = []
+    if setup.zero_stage:
+        extra.append(part("adapters in fp32", "8T more", 8 * setup.trained_parameters / ranks, TORCH_ENGINE))
+        root = 2 * setup.shape.vocabulary_matrices * setup.shape.embedding_parameters
+        passing.append(part("gathered embeddings", "2Vh for each", root, "training/engines/fsdp.py, the root unit"))
+
+    def wider(instant: Instant) -> Instant:
+        return replace(instant, lasting=(*instant.lasting, *extra), passing=(*instant.passing, *passing))
+
+    return GpuMemory(tuple(map(wider, memory.instants)))
+
+
+def _saving(setup: Setup, saving: HostInstant) -> HostInstant:
+    """Rank 0 of our torch engine gathers the weights, then both moments, of what is trained."""
+    if setup.engine not in OURS:
+        return saving
+    kept = tuple(c for c in saving.components if c.name != "the model on rank 0")
+    moments = part("moments on rank 0", "8T", 8 * setup.trained_parameters, "training/engines/torch_state.py")
+    return HostInstant(saving.name, (*kept, moments))
+
+
+def _times(component: Component, ranks: int) -> Component:
+    formula = f"{ranks} ranks × {component.formula}" if ranks > 1 else component.formula
+    return Component(component.name, component.bytes * ranks, formula, component.source)
+
+
+def _shared_memory(spec: JobSpec) -> Iterator[Demand]:
+    """The limit that a container gets; without one, or with ipc: host, the node's own counts."""
+    if spec.image is None or spec.container.ipc == "host":
+        return
+    size = shared_memory(spec)
+    limit = (Component("NCCL", size.bytes, size.why),)
+    capacity = spec.resources.memory_per_node_bytes
+    yield Demand("/dev/shm", "node", "all the time", limit, capacity, size.bytes, size.bytes)
+
+
+def _checkpoints(spec: JobSpec, setup: Setup) -> Demand:
+    """fp32 weights and both moments of what is trained: those that are kept, the one being written, the weights."""
+    kept = spec.training.checkpoint.keep + 1
+    trained = setup.trained_parameters
+    components = (
+        part("checkpoints", f"12T × {kept} (keep {kept - 1}, one being written)", 12 * trained * kept, DTYPE),
+        part("weights at the end", "4T", 4 * trained, DTYPE),
+    )
+    size = sum(component.bytes for component in components)
+    return Demand("disk", "run", "while saving", components, None, size, size)
+
+
+def _image(spec: JobSpec) -> Iterator[Demand]:
+    """The archive is uncompressed layers (docker save), so that the loaded image is as large."""
+    archive = spec.image.archive if spec.image else None
+    if archive is None or archive.bytes is None:
+        return
+    layers = (part("image", "size of the archive", archive.bytes, "docker save"),)
+    yield Demand("node disk", "node", "after loading", layers, spec.resources.disk_bytes, archive.bytes, archive.bytes)
