@@ -1,4 +1,4 @@
-"""Whether this machine can have a sandbox: as root, what is missing of Debian's packages is installed first."""
+"""Whether this machine can have a sandbox; with CPM_TEST_INSTALL=1, what is missing of Debian's packages is installed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _without_packages() -> str:
     missing = requirements.missing_packages(PACKAGES)
     if not missing:
         return ""
-    if os.environ.get("CPM_TEST_INSTALL") == "0":
-        return f"packages are missing, and CPM_TEST_INSTALL is 0: {' '.join(missing)}"
+    if os.environ.get("CPM_TEST_INSTALL") != "1":
+        return f"packages are missing (CPM_TEST_INSTALL=1 installs them): {' '.join(missing)}"
     print(f"installing, for the tests on a real cluster: {' '.join(missing)}", file=sys.stderr, flush=True)
     try:
         requirements.require_packages(PACKAGES, install=True)

@@ -224,14 +224,17 @@ def test_a_node_whose_link_stays_cut_is_down_and_up_brings_it_back(cluster: Sand
 
 
 def test_jobs_outlive_the_controller(cluster: Sandbox) -> None:
+    assert eventually(lambda: set(node_states(cluster).values()) == {"idle"}, 90), node_states(cluster)
     job = submit(cluster, "sleep 8; echo survived")
     assert eventually(lambda: job_facts(cluster, job)["JobState"] == "RUNNING", 20)
+    started, saved = time.time(), cluster.root / "slurmctld" / "job_state"
+    assert eventually(lambda: saved.stat().st_mtime > started, 8), "slurmctld has not saved that it runs"
     pid = daemon_pids(cluster)["slurmctld"]
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     assert eventually(lambda: daemon_pids(cluster)["slurmctld"] is None, 10)
     sandbox.up(cluster, install=False, with_containers=False)
-    assert eventually(lambda: job_facts(cluster, job)["JobState"] == "COMPLETED", 60)
+    assert eventually(lambda: job_facts(cluster, job)["JobState"] == "COMPLETED", 60), job_facts(cluster, job)
     assert log_of(cluster, job) == "survived\n"
     assert job_facts(cluster, job)["Restarts"] == "0"
 
