@@ -1,4 +1,4 @@
-"""Whether this machine can have a sandbox; with CPM_TEST_INSTALL=1, what is missing of Debian's packages is installed."""
+"""Whether this machine can have a sandbox; CPM_TEST_INSTALL=1 installs what is missing of Debian's packages first."""
 
 from __future__ import annotations
 
