@@ -104,16 +104,6 @@ def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
     return saved
 
 
-def _adapter_inputs(setup: Setup) -> list[int]:
-    """Widths of what adapters drop out: litgpt fuses q, k and v, so that one dropout serves them."""
-    shapes = setup.shape.adapter_shapes
-    targets = [name for name in setup.lora_targets if name in shapes]
-    if setup.engine_version.startswith("litgpt"):
-        fused = [name for name in targets if name in ("q", "k", "v")]
-        targets = [name for name in targets if name not in fused[1:]]
-    return [shapes[name][0] for name in targets]
-
-
 def _scores_per_token(setup: Setup) -> float:
     """Without flash attention: softmax, dropout's mask and its result, each s × s for every head."""
     return 0.0 if setup.flash_attention else (2 * weight_bytes(setup) + 1) * setup.shape.heads * setup.seq_len

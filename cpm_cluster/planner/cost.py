@@ -68,8 +68,3 @@ def cost(
         energy_kwh=gpu_hours.times(kilowatts),
         energy_source=ENERGY_SOURCE,
     )
-
-
-def steps_for(tokens: float, step: StepTime) -> int:
-    """Optimizer steps that see so many tokens."""
-    return -(-round(tokens) // step.tokens)

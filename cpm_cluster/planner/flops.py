@@ -99,14 +99,3 @@ def model_flops(setup: Setup) -> float:
         + done.head * head_forward(shape)
         + recomputed
     )
-
-
-def hardware_flops(setup: Setup) -> float:
-    """FLOPs per token that the GPUs do, recomputation included: the numerator of HFU."""
-    shape, done = setup.shape, passes(setup)
-    return (
-        done.linear * linear_forward(shape)
-        + done.attention * attention_forward(shape, setup.seq_len)
-        + done.head * head_forward(shape)
-        + adapter_flops(setup)
-    )

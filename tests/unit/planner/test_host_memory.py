@@ -5,23 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from planned_shapes import CHATGLM_6B
 
 from cpm_cluster.planner.host_memory import host_memory, pinned
 from cpm_cluster.planner.setup import Setup, Shape
 
 GB = 10**9
 CPM_9G_8B = Shape(hidden=4096, layers=32, heads=32, kv_heads=32, ffn=14336, vocab=119696)
-CHATGLM_6B = Shape(
-    hidden=4096,
-    layers=28,
-    heads=32,
-    kv_heads=32,
-    ffn=16384,
-    vocab=150528,
-    gated_mlp=False,
-    tied_embeddings=True,
-    kind="glm",
-)
 GLM_10B = Shape(
     hidden=4096,
     layers=48,

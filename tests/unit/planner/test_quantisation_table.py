@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from planned_shapes import CHATGLM_6B
 
 from cpm_cluster.planner.gpu_memory import gpu_memory
-from cpm_cluster.planner.setup import Setup, Shape
+from cpm_cluster.planner.setup import Setup
 
 GB = 10**9
-CHATGLM_6B = Shape(
-    hidden=4096,
-    layers=28,
-    heads=32,
-    kv_heads=32,
-    ffn=16384,
-    vocab=150528,
-    gated_mlp=False,
-    tied_embeddings=True,
-    kind="glm",
-)
 FEW_DIALOGUES = 256  # tokens
 
 

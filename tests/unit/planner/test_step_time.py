@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_cluster.planner.accelerators import LINKS, accelerator, packaged_cards
-from cpm_cluster.planner.cost import cost, steps_for
-from cpm_cluster.planner.flops import hardware_flops, model_flops
+from cpm_cluster.planner.cost import cost
+from cpm_cluster.planner.flops import model_flops
 from cpm_cluster.planner.setup import Setup, Shape
 from cpm_cluster.planner.step_time import StepTime, step_time, tokens_per_second_per_gpu
 from cpm_cluster.planner.time_constants import CONSTANTS
@@ -72,9 +72,7 @@ class TestFlops:
         parameters = shape.layers * shape.linear_parameters_per_layer + shape.embedding_parameters
         assert model_flops(FSDP) == 6 * parameters + 12 * shape.layers * shape.hidden * 4096
 
-    def test_full_recomputation_does_the_blocks_a_fourth_time(self) -> None:
-        again = hardware_flops(replace(FSDP, recompute="full"))
-        assert again / hardware_flops(FSDP) == pytest.approx(4 / 3, rel=0.01)
+    def test_what_is_computed_again_is_no_use_of_the_model(self) -> None:
         assert model_flops(replace(FSDP, recompute="full")) == model_flops(FSDP)
 
     def test_frozen_weights_need_no_gradients_of_their_own(self) -> None:
@@ -280,10 +278,6 @@ class TestCost:
             spent = cost(replace(FSDP, gpu=gpu), self.STEP, steps=10)
             assert spent.price_usd is None
             assert "gpu_price_per_hour_usd" in spent.price_source
-
-    def test_tokens_become_steps_rounded_up(self) -> None:
-        assert self.STEP.tokens == 8 * 2 * 4096
-        assert steps_for(self.STEP.tokens * 10 + 1, self.STEP) == 11
 
     def test_tokens_a_day_are_those_of_all_gpus(self) -> None:
         assert self.STEP.tokens_per_day == pytest.approx(self.STEP.tokens_per_second_per_gpu * 8 * 86_400)
