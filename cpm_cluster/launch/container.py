@@ -64,7 +64,8 @@ def _places_read(spec: JobSpec) -> list[PurePosixPath]:
 
     A file in a folder that the container has itself (/opt, /tmp) is mounted alone, so that it hides nothing.
     """
-    sources = [*spec.data.train, *spec.data.eval] if spec.data else []
-    files = [*sources, *filter(None, [spec.init_from]), spec.tokenizer]
+    sources = [source.path for source in (*spec.data.train, *spec.data.eval)] if spec.data else []
+    prompts = [spec.generation.prompts] if spec.generation else []
+    files = [*sources, *spec.evaluation.choices, *prompts, *filter(None, [spec.init_from]), spec.tokenizer]
     paths = [PurePosixPath(file) for file in files if file.startswith("/")]
     return sorted({path if str(path.parent) in _OF_THE_IMAGE else path.parent for path in paths})

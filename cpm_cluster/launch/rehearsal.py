@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cpm_cluster.specs.job import Checkpointing, Data, JobSpec, Lora, Samples, Training
+from cpm_cluster.specs.job import Checkpointing, Data, Evaluation, JobSpec, Lora, Samples, Source, Training
 from cpm_cluster.specs.model import Model
 
 Stage = Literal["slurm", "sandbox", "local"]
@@ -92,7 +92,10 @@ def _shrunk(spec: JobSpec) -> JobSpec:
         method=_method(spec.method),
         init_from=None,
         tokenizer="bytes",
-        data=Data(train=(CORPUS,), eval=()),
+        task="finetune",
+        data=Data(train=(Source(path=CORPUS),), eval=()),
+        evaluation=Evaluation(),
+        generation=None,
         training=_training(spec.training, spec.resources.world_size),
         samples=Samples(),
     )

@@ -16,7 +16,7 @@ from cpm_cluster.launch.trainer import trainer_settings
 from cpm_cluster.specs.checks import CONTAINER_RUNTIMES, runtime_obstacle
 from cpm_cluster.specs.job import JobSpec
 
-TRAINER_MODULE = "cpm_cluster.training.finetune"
+TRAINING_PACKAGE = "cpm_cluster.training"  # a program for each task
 
 
 @dataclass(frozen=True)
@@ -95,4 +95,4 @@ def _program(spec: JobSpec, runtime: str, run_dir: str, submitter: Submitter) ->
     python = "python3"
     if runtime == "bare":
         python = spec.cluster.runtimes[runtime].python or submitter.python
-    return Program("torchrun", python, ranks, ("-m", TRAINER_MODULE, f"{run_dir}/trainer.json"))
+    return Program("torchrun", python, ranks, ("-m", f"{TRAINING_PACKAGE}.{spec.task}", f"{run_dir}/trainer.json"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from cpm_cluster.specs.job import JobSpec, Training
+from cpm_cluster.planner.flops import model_flops
+from cpm_cluster.planner.job_setup import job_setup
+from cpm_cluster.specs.job import Data, JobSpec
 from cpm_cluster.specs.model import Model
 
 
 def trainer_settings(spec: JobSpec, run_dir: str) -> dict[str, Any] | None:
     """None for the engine `command`, which brings its own program."""
-    if spec.engine == "command" or spec.model is None or spec.data is None:
+    if spec.engine == "command" or spec.model is None:
         return None
     settings = {
         "format": 1,
@@ -19,15 +21,18 @@ def trainer_settings(spec: JobSpec, run_dir: str) -> dict[str, Any] | None:
         "expected_world_size": spec.resources.world_size,
         "seed": spec.seed,
         "deterministic": spec.deterministic,
+        "task": spec.task,
         "engine": spec.engine,
-        "parallel": "ddp" if spec.training.zero_stage == 0 else "fsdp",
         "model": _model(spec.model, spec.model_name or spec.name),
         "init_from": spec.init_from,
         "tokenizer": spec.tokenizer,
         "method": {"kind": "lora", **asdict(spec.method)} if spec.method else {"kind": "full"},
-        "data": {"train": list(spec.data.train), "eval": list(spec.data.eval)},
-        "training": _training(spec.training),
+        "data": asdict(spec.data or Data()),
+        "training": asdict(spec.training),
+        "evaluation": asdict(spec.evaluation),
+        "generation": asdict(spec.generation) if spec.generation else None,
         "samples": asdict(spec.samples),
+        "work": _work(spec),
     }
     return {key: _as_in_json(value) for key, value in settings.items()}
 
@@ -48,11 +53,17 @@ def _model(model: Model, name: str) -> dict[str, Any]:
     }
 
 
-def _training(training: Training) -> dict[str, Any]:
-    settings = asdict(training)
-    for decided_elsewhere in ("attention", "zero_stage", "offload_optimizer"):
-        del settings[decided_elsewhere]
-    return settings
+def _work(spec: JobSpec) -> dict[str, float | None]:
+    """What model FLOP/s utilisation (MFU) is computed from; no GPU, no peak."""
+    setup = job_setup(spec)
+    peak = None
+    if spec.gpu and spec.training.precision != "fp32":
+        half = spec.gpu.peak_bf16_tflops if spec.training.precision == "bf16" else spec.gpu.peak_fp16_tflops
+        peak = half * 1e12 if half else None
+    return {
+        "flops_per_token": model_flops(setup) if setup else None,
+        "peak_flops_per_rank": peak,
+    }
 
 
 def _as_in_json(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 
 from cpm_cluster.specs.fields import Reading
-from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.specs.job import TRAINING_TASKS, Data, JobSpec
 from cpm_cluster.specs.nodes import ListNode, MapNode, Node
 from cpm_cluster.specs.problems import Location, Problem, did_you_mean, listed, quoted
 from cpm_cluster.specs.values import format_duration, format_size
@@ -103,10 +103,37 @@ def _model_named(spec: JobSpec) -> Iterator[Finding]:
         yield "model", f"is missing: engine {spec.engine} needs an architecture, a name in configs/models"
 
 
-@_reads("engine", "data")
+@_reads("engine", "task", "data")
 def _data_named(spec: JobSpec) -> Iterator[Finding]:
-    if spec.engine != "command" and spec.data is None:
-        yield "data", "is missing: write data: {train: path/to/rows.jsonl}"
+    if spec.engine == "command":
+        return
+    data = spec.data or Data()
+    if spec.task in TRAINING_TASKS and not data.train:
+        yield "data.train" if spec.data else "data", "is missing: write data: {train: path/to/rows.jsonl}"
+    for use, sources in (("train", data.train), ("eval", data.eval)):
+        weighted = [source.weight is not None for source in sources]
+        if any(weighted) and not all(weighted):
+            yield f"data.{use}", "gives a weight to some of its sources; give one to all, or to none"
+    if data.format == "cpm9g" and not data.trust_pickle:
+        yield (
+            "data.format",
+            "cpm9g is read by unpickling, which runs whatever the file says; write trust_pickle: true if it is yours,"
+            " or make jsonl of it",
+        )
+
+
+@_reads("engine", "task", "data", "evaluation", "generation", "init_from")
+def _task(spec: JobSpec) -> Iterator[Finding]:
+    if spec.engine == "command":
+        return
+    if spec.task == "evaluate" and not (spec.data and spec.data.eval) and not spec.evaluation.choices:
+        yield "task", "evaluate needs data: {eval: …} for perplexity, or evaluation: {choices: …}"
+    if spec.task == "generate" and spec.generation is None:
+        yield "generation", "is missing: task generate needs generation: {prompts: path/to/prompts.jsonl}"
+    if spec.task != "generate" and spec.generation is not None:
+        yield "generation", f"belongs to task generate, not to {spec.task}; remove it, or write task: generate"
+    if spec.task not in TRAINING_TASKS and spec.init_from is None:
+        yield "init_from", f"is missing: task {spec.task} needs trained weights"
 
 
 @_reads("resources", "cluster")

@@ -15,7 +15,7 @@ from cpm_cluster.specs.cluster import Cluster
 from cpm_cluster.specs.fields import Invalid, Reading, Section
 from cpm_cluster.specs.gpu import Gpu
 from cpm_cluster.specs.image import Image
-from cpm_cluster.specs.job import CONFIG_NAME, JobSpec, Origin
+from cpm_cluster.specs.job import CONFIG_NAME, JobSpec, Origin, Source
 from cpm_cluster.specs.model import Model
 from cpm_cluster.specs.nccl import lint_environment
 from cpm_cluster.specs.nodes import (
@@ -236,13 +236,21 @@ class _Composition:
             "origins": {_expanded_mount(key): origin for key, origin in spec.origins.items()},
         }
         if spec.data:
-            train, eval_ = map(self._absolute, spec.data.train), map(self._absolute, spec.data.eval)
-            changes["data"] = replace(spec.data, train=tuple(train), eval=tuple(eval_))
+            train, eval_ = map(self._absolute_sources, (spec.data.train, spec.data.eval))
+            changes["data"] = replace(spec.data, train=train, eval=eval_)
+        if spec.evaluation.choices:
+            choices = tuple(map(self._absolute, spec.evaluation.choices))
+            changes["evaluation"] = replace(spec.evaluation, choices=choices)
+        if spec.generation:
+            changes["generation"] = replace(spec.generation, prompts=self._absolute(spec.generation.prompts))
         if spec.code:
             changes["code"] = self._absolute(spec.code)
         if spec.init_from:
             changes["init_from"] = self._absolute(spec.init_from)
         return replace(spec, **changes)
+
+    def _absolute_sources(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(replace(source, path=self._absolute(source.path)) for source in sources)
 
     def _absolute(self, source: str) -> str:
         if source.startswith("builtin:"):

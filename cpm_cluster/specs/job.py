@@ -28,7 +28,10 @@ from cpm_cluster.specs.problems import Location
 from cpm_cluster.specs.profile import Resources
 
 ENGINES = ("bmtrain", "torch", "deepspeed", "command")
+TASKS = ("pretrain", "finetune", "evaluate", "generate")
+TRAINING_TASKS = ("pretrain", "finetune")
 CONFIG_NAME = Text(r"[A-Za-z0-9./~][A-Za-z0-9._:/~+-]*", "a name in configs, or the path of a .yaml file")
+SOURCES = "a path, {path: …, weight: …}, or a list of them"
 DATA_SOURCE = Text(r"[^\s-].*", "a path, or builtin:python-reference")
 
 
@@ -59,6 +62,29 @@ class MethodField(NamedTuple):
     def schema(self) -> Schema:
         adapters = {"type": "object", "properties": {"lora": Section(Lora).schema()}, "required": ["lora"]}
         return {"anyOf": [{"enum": ["full", "lora"]}, adapters | {"additionalProperties": False}]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A part of the data, and how often it is drawn."""
+
+    path: str = key(DATA_SOURCE, "a .jsonl file, a pattern such as data/*.jsonl, or builtin:python-reference")
+    weight: float | None = key(
+        Number(above_minimum=True), "share of the samples, relative to the other sources; give one to all or none", None
+    )
+
+
+class SourceField(NamedTuple):
+    """A path, or `{path: …, weight: …}`; read as a Source."""
+
+    def read(self, node: Node, path: str, reading: Reading) -> Source:
+        if isinstance(node, MapNode):
+            source: Source = Section(Source).read(node, path, reading)
+            return source
+        return Source(path=DATA_SOURCE.read(node, path, reading))
+
+    def schema(self) -> Schema:
+        return {"anyOf": [DATA_SOURCE.schema(), Section(Source).schema()]}
 
 
 class Reference(NamedTuple):
@@ -92,6 +118,24 @@ class Checkpointing:
 
     every: int = key(Integer(1), "steps between checkpoints", 200)
     keep: int = key(Integer(1, 10_000), "newest checkpoints that are kept", 2)
+    asynchronous: bool = key(Boolean(), "write in the background while training goes on", True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossGuard:
+    """What to do when the loss is no number, or jumps."""
+
+    nonfinite: str = key(
+        Choice(("stop", "skip", "rollback")),
+        "NaN or infinity: end the run, leave the step out, or go back to the last checkpoint and past these data",
+        "stop",
+    )
+    spike: str = key(Choice(("ignore", "stop", "skip", "rollback")), "a sudden jump of the loss: the same", "ignore")
+    spike_deviations: float = key(
+        Number(above_minimum=True), "a spike is this many standard deviations above the mean of the window", 6.0
+    )
+    window: int = key(Integer(8, 100_000), "steps that the mean and the deviation are taken over", 64)
+    limit: int = key(Integer(1, 10_000), "steps left out or rolled back before the run ends all the same", 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,23 +156,30 @@ class Training:
     clip_grad_norm: float = key(Number(), "clip the global gradient norm to this; 0 = no clipping", 1.0)
     precision: str = key(Choice(("fp32", "bf16", "fp16")), "compute precision", "bf16")
     recompute: str = key(Choice(("none", "full")), "activation checkpointing", "none")
-    attention: str = key(Choice(("auto", "flash", "sdpa", "math")), "attention kernel; auto: the best there is", "auto")
+    attention: str = key(
+        Choice(("auto", "flash", "varlen", "sdpa", "math")),
+        "attention kernel: flash-attn, torch's varlen_attn, torch's SDPA, written out; auto: the best there is",
+        "auto",
+    )
     zero_stage: int = key(Integer(0, 3), "what is sharded: 0 nothing (DDP), 1 states, 2 + gradients, 3 + weights", 3)
     offload_optimizer: bool = key(Boolean(), "optimizer states and step on the CPU", False)
     log_every: int = key(Integer(1), "steps between logged metrics", 1)
     eval_every: int = key(Integer(0), "steps between evaluations; 0 = none", 0)
     checkpoint: Checkpointing = key(Section(Checkpointing), "saving", factory=Checkpointing)
+    guard: LossGuard = key(Section(LossGuard), "NaN and loss spikes", factory=LossGuard)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """jsonl files of {input, output} rows."""
+    """jsonl files of {input, output} rows, alone or in a weighted mixture."""
 
-    train: tuple[str, ...] = key(
-        ListOf(DATA_SOURCE, minimum=1, or_one=True, expected="a path, or a list of paths"), "training data"
+    train: tuple[Source, ...] = key(ListOf(SourceField(), or_one=True, expected=SOURCES), "training data", ())
+    eval: tuple[Source, ...] = key(ListOf(SourceField(), or_one=True, expected=SOURCES), "evaluation data", ())
+    format: str = key(
+        Choice(("jsonl", "cpm9g")), "jsonl, or the folders that CPM-9G's data_binarize.py writes", "jsonl"
     )
-    eval: tuple[str, ...] = key(
-        ListOf(DATA_SOURCE, or_one=True, expected="a path, or a list of paths"), "evaluation data", ()
+    trust_pickle: bool = key(
+        Boolean(), "read CPM-9G's binary data, which are pickles: whoever wrote them can run code in your job", False
     )
 
 
@@ -139,6 +190,31 @@ class Samples:
     prompts: tuple[str, ...] = key(ListOf(Text(multiline=True)), "what to continue", ())
     max_tokens: int = key(Integer(1, 100_000), "tokens to generate", 64)
     temperature: float = key(Number(0, 100), "0 = greedy", 0.8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Task evaluate: perplexity over `data.eval`, and multiple-choice questions."""
+
+    choices: tuple[str, ...] = key(
+        ListOf(Text(r"[^\s-].*", "a path"), or_one=True, expected="a path, or a list of paths"),
+        'jsonl files of {"question": …, "choices": [a, b], "answer": 0}',
+        (),
+    )
+    shots: int = key(Integer(0, 1000), "questions with their answers that are shown before each (few-shot)", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Task generate: prompts in, texts out."""
+
+    prompts: str = key(Text(r"[^\s-].*", "a path"), 'jsonl file of {"input": …}; the texts: generated.jsonl in the run')
+    batch: int = key(Integer(1, 100_000), "prompts at a time and rank", 8)
+    max_tokens: int = key(Integer(1, 1 << 24), "tokens to generate for each", 256)
+    temperature: float = key(Number(0, 100), "0 = greedy", 0.0)
+    top_p: float = key(
+        Number(0, 1, above_minimum=True), "nucleus sampling: the likeliest tokens that hold this much", 0.95
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +283,11 @@ class JobSpec:
         "engine command: program and arguments, a list, never a shell line",
         (),
     )
+    task: str = key(
+        Choice(TASKS),
+        "pretrain (plain text, long documents are split), finetune (prompts and answers), evaluate, generate",
+        "finetune",
+    )
     code: str | None = key(
         Text(r"[^\s-].*", "the path of a folder"),
         "folder that is copied into the run and is the working directory; default: the git checkout of the job file,"
@@ -216,6 +297,8 @@ class JobSpec:
     data: Data | None = key(Section(Data), "what to train on", None)
     training: Training = key(Section(Training), "hyper-parameters", factory=Training)
     samples: Samples = key(Section(Samples), "generated samples", factory=Samples)
+    evaluation: Evaluation = key(Section(Evaluation), "task evaluate", factory=Evaluation)
+    generation: Generation | None = key(Section(Generation), "task generate", None)
     seed: int = key(Integer(0, 2**63 - 1), "seed of everything random", 1234)
     deterministic: bool = key(Boolean(), "bit-identical repeats, at some cost in speed", False)
     time_limit_s: int | None = key(DURATION, "time limit; default: the profile's or cluster's", None)

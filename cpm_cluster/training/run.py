@@ -174,7 +174,8 @@ class Run:
     def load_samples(self, use: Use) -> list[Sample]:
         """Read, check and encode the data of one use; say how many samples are too long."""
         data, seq_len = self.settings.data, self.settings.training.seq_len
-        rows = read_rows(data.train if use == "train" else data.eval, use)
+        sources = data.train if use == "train" else data.eval
+        rows = read_rows([source.path for source in sources], use)
         samples, dropped = encode_rows(rows, self.tokenizer, seq_len)
         if dropped:
             self.say(f"{dropped} of {len(rows)} {use} samples are longer than {seq_len} tokens and were dropped")

@@ -48,19 +48,44 @@ MethodSettings = Union[FullTuning, LoraTuning]
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """Paths of jsonl files, or names of built-in corpora."""
+class SourceSettings:
+    """A jsonl file, a pattern of several, or the name of a built-in corpus; ``weight`` relates to other sources."""
 
-    train: Tuple[str, ...]
-    eval: Tuple[str, ...]
+    path: str
+    weight: Optional[float]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """A source is drawn as often as it is long, or as its weight says: all have one, or none has."""
+
+    train: Tuple[SourceSettings, ...]
+    eval: Tuple[SourceSettings, ...]
+    format: Literal["jsonl", "cpm9g"]
+    trust_pickle: bool
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """A checkpoint every ``every`` steps, of which the ``keep`` newest stay."""
+    """A checkpoint every ``every`` steps, of which the ``keep`` newest stay; written while training goes on."""
 
     every: int
     keep: int
+    asynchronous: bool
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What to do with a loss that is no number, or ``spike_deviations`` above the mean of ``window`` steps.
+
+    After ``limit`` steps that were left out or rolled back the run ends.
+    """
+
+    nonfinite: Literal["stop", "skip", "rollback"]
+    spike: Literal["ignore", "stop", "skip", "rollback"]
+    spike_deviations: float
+    window: int
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -84,9 +109,40 @@ class TrainingSettings:
     clip_grad_norm: float
     precision: Literal["fp32", "bf16", "fp16"]
     recompute: Literal["none", "full"]
+    attention: Literal["auto", "flash", "varlen", "sdpa", "math"]
+    zero_stage: int
+    offload_optimizer: bool
     log_every: int
     eval_every: int
     checkpoint: CheckpointSettings
+    guard: GuardSettings
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Task evaluate: jsonl files of multiple-choice questions, ``shots`` of them shown with their answers."""
+
+    choices: Tuple[str, ...]
+    shots: int
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Task generate: a jsonl file of prompts, ``batch`` at a time and rank; temperature 0 takes the best."""
+
+    prompts: str
+    batch: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True)
+class WorkSettings:
+    """FLOPs of the model for a token (forward and backward, no recompute), and a rank's peak FLOP/s, where known."""
+
+    flops_per_token: Optional[float]
+    peak_flops_per_rank: Optional[float]
 
 
 @dataclass(frozen=True)
@@ -108,11 +164,14 @@ class Settings:
     seed: int
     deterministic: bool
     engine: str
-    parallel: Literal["ddp", "fsdp"]
+    task: Literal["pretrain", "finetune", "evaluate", "generate"]
     model: ModelSettings
     init_from: Optional[str]
     tokenizer: str
     method: MethodSettings
     data: DataSettings
     training: TrainingSettings
+    evaluation: EvaluationSettings
+    generation: Optional[GenerationSettings]
     samples: SampleSettings
+    work: WorkSettings

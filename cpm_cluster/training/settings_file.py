@@ -6,11 +6,11 @@ import json
 import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Sequence, Union, get_args, get_origin, get_type_hints
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.lora import LORA_TARGETS
-from cpm_cluster.training.settings import LoraTuning, Settings
+from cpm_cluster.training.settings import LoraTuning, Settings, SourceSettings
 
 # What a value becomes when it is unusable; the problem has been noted already.
 _INVALID = object()
@@ -131,13 +131,22 @@ def _out_of_range(settings: Settings) -> list[str]:
         "training.log_every": training.log_every,
         "training.checkpoint.every": training.checkpoint.every,
         "training.checkpoint.keep": training.checkpoint.keep,
+        "training.guard.window": training.guard.window,
+        "training.guard.limit": training.guard.limit,
     }
     rules = [(value >= 1, f"{key}: must be at least 1") for key, value in at_least_one.items()]
     rules += [
         (Path(settings.output_dir).is_absolute(), "output_dir: must be an absolute path"),
         (model.head_dim % 2 == 0, "model.head_dim: must be even (rotary pairs)"),
         (model.kv_heads < 1 or model.heads % model.kv_heads == 0, "model.kv_heads: must divide model.heads"),
-        (bool(settings.data.train), "data.train: must name at least one file"),
+        (
+            bool(settings.data.train) or settings.task in ("evaluate", "generate"),
+            "data.train: must name at least one file",
+        ),
+        (0 <= training.zero_stage <= 3, "training.zero_stage: must be between 0 and 3"),
+        (training.guard.spike_deviations > 0, "training.guard.spike_deviations: must be positive"),
+        (_weights_agree(settings.data.train), "data.train: all sources have a weight above 0, or none has one"),
+        (_weights_agree(settings.data.eval), "data.eval: all sources have a weight above 0, or none has one"),
         (training.lr > 0, "training.lr: must be positive"),
         (0 <= training.min_lr_ratio <= 1, "training.min_lr_ratio: must be between 0 and 1"),
         (0 <= training.warmup_steps <= training.steps, "training.warmup_steps: must be between 0 and steps"),
@@ -152,6 +161,11 @@ def _out_of_range(settings: Settings) -> list[str]:
     if isinstance(settings.method, LoraTuning):
         problems.extend(_lora_problems(settings.method))
     return problems
+
+
+def _weights_agree(sources: Sequence[SourceSettings]) -> bool:
+    weights = [source.weight for source in sources if source.weight is not None]
+    return len(weights) in (0, len(sources)) and all(weight > 0 for weight in weights)
 
 
 def _lora_problems(lora: LoraTuning) -> list[str]:

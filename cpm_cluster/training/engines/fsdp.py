@@ -16,8 +16,10 @@ from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.model import CPM
 
 
-def shard_model(model: CPM, device: torch.device, compute_type: torch.dtype | None) -> None:
+def shard_model(model: CPM, device: torch.device, compute_type: torch.dtype | None, reshard: bool) -> None:
     """Shard each decoder layer, then the rest, in place; parameters and reductions stay fp32.
+
+    ``reshard``: gathered weights are dropped after the forward pass (ZeRO-3), else kept for the backward (ZeRO-2).
 
     Raises UserError where torch has no FSDP2.
     """
@@ -25,12 +27,14 @@ def shard_model(model: CPM, device: torch.device, compute_type: torch.dtype | No
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     except ImportError as error:
-        raise UserError(f'parallel "fsdp" needs torch 2.6 or newer, this is {torch.__version__}; use "ddp"') from error
+        raise UserError(
+            f"training.zero_stage above 0 needs torch 2.6 or newer, this is {torch.__version__}; use 0 (DDP)"
+        ) from error
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_type, reduce_dtype=torch.float32)
     for layer in model.encoder.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 
 def whole(tensor: Tensor) -> Tensor:

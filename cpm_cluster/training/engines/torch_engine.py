@@ -50,6 +50,7 @@ class TorchEngine:
         """
         self._settings = settings
         self._placement = placement
+        self._sharded = settings.training.zero_stage > 0
         self._device = choose_device(placement)
         announce(placement, self._device)
         self._compute_type = _COMPUTE_TYPES[settings.training.precision]
@@ -163,8 +164,8 @@ class TorchEngine:
         dist.destroy_process_group()
 
     def _distribute(self) -> nn.Module:
-        if self._settings.parallel == "fsdp":
-            shard_model(self._model, self._device, self._compute_type)
+        if self._sharded:
+            shard_model(self._model, self._device, self._compute_type, self._settings.training.zero_stage == 3)
             return self._model
         self._model.to(self._device)
         devices = [self._device] if self._device.type == "cuda" else None
@@ -177,7 +178,7 @@ class TorchEngine:
         return nullcontext()
 
     def _autocast(self) -> ContextManager[Any]:
-        if self._compute_type is None or self._settings.parallel == "fsdp":
+        if self._compute_type is None or self._sharded:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=self._compute_type)
 

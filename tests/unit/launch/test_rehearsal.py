@@ -36,7 +36,7 @@ def test_nodes_ranks_image_mounts_and_environment_stay():
 def test_model_data_and_steps_are_small():
     spec = rehearsed(packaged("full_100b").spec).spec
     assert spec.model.parameters < 1_000_000
-    assert spec.data.train == ("builtin:python-reference",) and spec.init_from is None
+    assert [source.path for source in spec.data.train] == ["builtin:python-reference"] and spec.init_from is None
     assert spec.training.steps == 24
     assert spec.training.checkpoint.every < spec.training.steps / 2  # a stop, and something to go on with
     assert spec.time_limit_s == 1800

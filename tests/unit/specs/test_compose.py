@@ -116,7 +116,7 @@ def test_the_composed_job_cannot_be_changed(load, cpu_job):
         ("training={steps: 7, lr: 1e-3}", lambda spec: (spec.training.steps, spec.training.lr) == (7, 1e-3)),
         (
             "data.train=[a.jsonl, b.jsonl]",
-            lambda spec: [Path(p).name for p in spec.data.train] == ["a.jsonl", "b.jsonl"],
+            lambda spec: [Path(source.path).name for source in spec.data.train] == ["a.jsonl", "b.jsonl"],
         ),
         ("method.lora.rank=64", lambda spec: spec.method.rank == 64),
         ("method=full", lambda spec: spec.method is None),
@@ -286,7 +286,7 @@ def test_relative_paths_start_at_the_job_file(load, cpu_job, tmp_path, monkeypat
     spec = load(job + "code: src\ninit_from: ../w.pt\ntokenizer: vocab.txt\nmounts: {~/data: /data, /a.b/c: /c:ro}\n")
 
     rows = (f"{tmp_path}/rows.jsonl", "/abs/x.jsonl", "/home/ada/y.jsonl", "builtin:python-reference")
-    assert spec.data.train == rows
+    assert tuple(source.path for source in spec.data.train) == rows
     assert spec.code == f"{tmp_path}/src"
     assert spec.init_from == f"{tmp_path}/../w.pt"
     assert spec.tokenizer == f"{tmp_path}/vocab.txt"

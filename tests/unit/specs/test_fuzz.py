@@ -15,12 +15,19 @@ from cpm_cluster.specs.catalogue import Catalogue
 from cpm_cluster.specs.compose import load_job
 from cpm_cluster.specs.fields import Choice, ListOf, MapOf, Section, Text
 from cpm_cluster.specs.image import Image
-from cpm_cluster.specs.job import JobSpec, MethodField, Reference
+from cpm_cluster.specs.job import JobSpec, MethodField, Reference, Source, SourceField
 from cpm_cluster.specs.model import Model
 from cpm_cluster.specs.problems import SpecError
 
 CATALOGUE = Catalogue((Path(__file__).parent / "configs",))
-TRAINING = {"steps": 10, "lr": 1e-4, "precision": "fp16", "recompute": "full", "attention": "flash", "schedule": "wsd"}
+TRAINING = {
+    "steps": 10,
+    "lr": 1e-4,
+    "precision": "fp16",
+    "recompute": "full",
+    "attention": "flash",
+    "schedule": "wsd",
+} | {"guard": {"nonfinite": "skip", "spike": "stop"}}
 # Every key of a job file that takes text, in a job that the loader takes.
 JOB = {
     "name": "demo",
@@ -51,8 +58,10 @@ JOB = {
     "runtime": "docker",
     "engine": "bmtrain",
     "code": "src",
-    "data": {"train": ["a.jsonl", "b.jsonl"], "eval": ["c.jsonl"]},
+    "task": "finetune",
+    "data": {"train": ["a.jsonl", "b.jsonl"], "eval": ["c.jsonl"], "format": "jsonl"},
     "training": TRAINING,
+    "evaluation": {"choices": ["d.jsonl"]},
     "samples": {"prompts": ["once upon a time"]},
     "time_limit": "24h",
     "mounts": {"/data": "/corpus:ro"},
@@ -160,7 +169,7 @@ def in_spec(spec, at):
         if part in ("lora", "base"):
             continue
         held = held[part] if isinstance(held, (dict, tuple)) else getattr(held, part)
-    return held
+    return held.path if isinstance(held, Source) else held
 
 
 STRINGS = [at for at in places(JOB) if isinstance(value_at(JOB, at), str)]
@@ -272,13 +281,13 @@ def test_the_job_of_these_tests_is_good_and_has_every_key_that_takes_text(job_fi
             if inner:
                 yield from keys(inner, (*at, field.name))
             elif isinstance(type_, (Text, Choice, MethodField)) or (
-                isinstance(type_, (ListOf, MapOf)) and isinstance(type_[0], (Text, Choice))
+                isinstance(type_, (ListOf, MapOf)) and isinstance(type_[0], (Text, Choice, SourceField))
             ):
                 yield (*at, field.name)
 
     assert composed(job_file, yaml_of(JOB)) is not None
     assert composed(job_file, yaml_of(COMMAND_JOB)) is not None
-    assert set(keys(JobSpec, ())) - set(places(JOB)) == {("command",)}
+    assert set(keys(JobSpec, ())) - set(places(JOB)) == {("command",), ("generation", "prompts")}
     assert {Image, Model} <= {
         f.metadata["type"].spec for f in dataclasses.fields(JobSpec) if f.name in ("image", "model")
     }
@@ -294,7 +303,7 @@ def test_any_text_in_a_string_is_refused_or_held_exactly(job_file, at, text, way
         dotted = ".".join(map(str, at[:-1] if isinstance(at[-1], int) else at))
         if dotted in LOOKED_UP:
             assert text in (value_at(JOB, at), spec.model_name, spec.cluster_name, spec.profile)
-        elif at[0] in ("data", "code", "init_from", "tokenizer"):
+        elif dotted in ("data.train", "data.eval", "evaluation.choices", "code", "init_from", "tokenizer"):
             if not text.startswith("builtin:") and text not in ("bytes", "nine-g"):
                 assert in_spec(spec, at) == str(job_file.parent / os.path.expanduser(text))
         elif dotted not in ("resources.shm", "time_limit"):

@@ -25,7 +25,7 @@ TINY = {
     "seed": 7,
     "deterministic": False,
     "engine": "torch",
-    "parallel": "ddp",
+    "task": "finetune",
     "model": {
         "name": "cpm-test",
         "layers": 2,
@@ -42,7 +42,7 @@ TINY = {
     "init_from": None,
     "tokenizer": "bytes",
     "method": {"kind": "full"},
-    "data": {"train": [], "eval": []},
+    "data": {"train": [], "eval": [], "format": "jsonl", "trust_pickle": False},
     "training": {
         "seq_len": 48,
         "micro_batch": 2,
@@ -58,16 +58,28 @@ TINY = {
         "clip_grad_norm": 1.0,
         "precision": "fp32",
         "recompute": "none",
+        "attention": "auto",
+        "zero_stage": 0,
+        "offload_optimizer": False,
         "log_every": 1,
         "eval_every": 3,
-        "checkpoint": {"every": 3, "keep": 2},
+        "checkpoint": {"every": 3, "keep": 2, "asynchronous": False},
+        "guard": {"nonfinite": "stop", "spike": "ignore", "spike_deviations": 6.0, "window": 64, "limit": 10},
     },
+    "evaluation": {"choices": [], "shots": 0},
+    "generation": None,
     "samples": {"prompts": ["the cat"], "max_tokens": 8, "temperature": 0.8},
+    "work": {"flops_per_token": None, "peak_flops_per_rank": None},
 }
 
 ROWS = [{"input": "", "output": "the cat sat on the mat"}, {"input": "who?", "output": "the dog"}] + [
     {"input": "", "output": "sat on " * n + str(n)} for n in range(1, 6)
 ]
+
+
+def source(path: object, weight: float | None = None) -> dict:
+    """Return a source as it stands in trainer.json."""
+    return {"path": str(path), "weight": weight}
 
 
 def changed(settings: dict, changes: dict) -> dict:
@@ -90,7 +102,7 @@ class TinyRun:
         directory.mkdir(parents=True)
         data = directory / "data.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        base = changed(TINY, {"output_dir": str(directory), "data.train": [str(data)], "data.eval": [str(data)]})
+        base = changed(TINY, {"output_dir": str(directory), "data.train": [source(data)], "data.eval": [source(data)]})
         self.raw = changed(base, changes)
 
     def write_settings(self) -> str:
@@ -162,10 +174,10 @@ def tiny_run(tmp_path):
 @pytest.fixture
 def tiny_settings():
     """Return parsed tiny settings with dotted keys changed."""
-    return lambda **changes: parse_settings(changed(TINY, {"data.train": ["some.jsonl"], **changes}))
+    return lambda **changes: parse_settings(changed(TINY, {"data.train": [source("some.jsonl")], **changes}))
 
 
 @pytest.fixture
 def tiny_json():
     """Return tiny settings as raw JSON with dotted keys changed."""
-    return lambda **changes: changed(TINY, {"data.train": ["some.jsonl"], **changes})
+    return lambda **changes: changed(TINY, {"data.train": [source("some.jsonl")], **changes})

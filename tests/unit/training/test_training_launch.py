@@ -162,9 +162,11 @@ def test_a_launcher_that_died_before_the_kernel_was_told_is_noticed():
     assert orphan.stdout == ""
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_rank_whose_peer_is_killed_ends_with_a_recorded_error(tiny_run, parallel):
-    run = tiny_run(**{"training.steps": 100_000, "training.checkpoint.every": 100_000, "parallel": parallel})
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_a_rank_whose_peer_is_killed_ends_with_a_recorded_error(tiny_run, zero_stage):
+    run = tiny_run(
+        **{"training.steps": 100_000, "training.checkpoint.every": 100_000, "training.zero_stage": zero_stage}
+    )
     ranks = run.start()
     wait_for(lambda: run.steps_recorded > 2)
 

@@ -77,10 +77,10 @@ def test_tensorboard_draws_each_step_once_even_after_a_resume(tiny_run):
     assert any(tag.startswith("samples/0") for tag in events.Tags()["tensors"])
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_straight_one(tiny_run, parallel):
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_straight_one(tiny_run, zero_stage):
     lora = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.3, "targets": ["project_q", "w_out"]}
-    changes = {"method": lora, "parallel": parallel}
+    changes = {"method": lora, "training.zero_stage": zero_stage}
     straight, halved = tiny_run("straight", **changes), tiny_run("halved", **changes)
     assert straight.train() == [0, 0], straight.log()
 
@@ -143,7 +143,7 @@ def test_a_merged_delta_evaluates_like_the_tuned_model(tiny_run):
 def test_the_result_does_not_depend_on_how_the_batch_is_divided(tiny_run):
     two_ranks = tiny_run("two_ranks")
     one_rank = tiny_run("one_rank", **{"training.grad_accum": 2, "expected_world_size": 1})
-    sharded = tiny_run("sharded", parallel="fsdp")
+    sharded = tiny_run("sharded", **{"training.zero_stage": 3})
     recomputed = tiny_run("recomputed", **{"training.recompute": "full"})
 
     assert two_ranks.train() == [0, 0]
@@ -159,12 +159,12 @@ def test_the_result_does_not_depend_on_how_the_batch_is_divided(tiny_run):
 
 
 def test_a_checkpoint_can_be_continued_on_another_number_of_ranks_and_with_other_sharding(tiny_run):
-    run = tiny_run(**{"training.steps": 6, "parallel": "fsdp"})
+    run = tiny_run(**{"training.steps": 6, "training.zero_stage": 3})
     assert run.train() == [0, 0]
     straight = run.losses
     (run.directory / "checkpoints/step-00000006/manifest.json").unlink()
 
-    run.change("parallel", "ddp")
+    run.change("training.zero_stage", 0)
     run.change("training.grad_accum", 2)
     assert run.train(world_size=1, expected_world_size=1) == [0], run.log()
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_can_be_continued_on_another_number_of_ranks_and_with_other
 
 def test_bf16_trains_to_nearly_the_same_loss(tiny_run):
     exact, half = tiny_run("exact"), tiny_run("half", **{"training.precision": "bf16"})
-    sharded = tiny_run("sharded", **{"training.precision": "bf16", "parallel": "fsdp"})
+    sharded = tiny_run("sharded", **{"training.precision": "bf16", "training.zero_stage": 3})
 
     assert exact.train() == half.train() == sharded.train() == [0, 0]
 
@@ -240,7 +240,7 @@ def test_bad_data_are_named_by_line_before_the_first_step(tiny_run):
     run = tiny_run()
     bad = run.directory / "bad.jsonl"
     bad.write_text('{"input": "", "output": "fine"}\n{"input": 3, "output": "x"}\nnonsense\n{"input": ""}\n')
-    run.change("data.train", [str(bad)])
+    run.change("data.train", [{"path": str(bad), "weight": None}])
 
     assert run.train() == [2, 2]
 

@@ -39,7 +39,7 @@ def test_settings_cannot_be_changed(tiny_settings):
 
 
 def test_all_problems_are_reported_in_one_error(tiny_json):
-    raw = tiny_json(**{"training.lr": "fast", "training.steps": 0, "model.size": 3, "parallel": "tp"})
+    raw = tiny_json(**{"training.lr": "fast", "training.steps": 0, "model.size": 3, "task": "dream"})
     del raw["model"]["hidden"]
 
     message = refusal(raw)
@@ -47,7 +47,7 @@ def test_all_problems_are_reported_in_one_error(tiny_json):
     assert 'training.lr: expected a number, got "fast"' in message
     assert "model.size: unknown key" in message
     assert "model.hidden: missing" in message
-    assert 'parallel: expected "ddp" or "fsdp", got "tp"' in message
+    assert 'task: expected "pretrain" or "finetune" or "evaluate" or "generate", got "dream"' in message
     assert "4 problem(s)" in message
 
 
@@ -69,7 +69,7 @@ def test_all_problems_are_reported_in_one_error(tiny_json):
         ("model.kv_heads", 0, "model.kv_heads: must be at least 1"),
         ("model.head_dim", 7, "model.head_dim: must be even"),
         ("data.train", [], "data.train: must name at least one file"),
-        ("data.train", [1], "data.train[0]: expected a text, got 1"),
+        ("data.train", [1], "data.train[0]: expected an object, got 1"),
         ("output_dir", "here", "output_dir: must be an absolute path"),
         ("deterministic", 1, "deterministic: expected true or false, got 1"),
         ("init_from", 3, "init_from: expected a text, got 3"),
