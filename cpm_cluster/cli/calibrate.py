@@ -1,134 +1,111 @@
-"""`cpm plan --calibrate RUN…`: from finished runs to a calibration that later plans use; planned beside measured."""
+"""cpm calibrate: short runs of a job's model on its own GPUs, and the calibration that they come to."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from cpm_cluster import __version__
-from cpm_cluster.cli import here
-from cpm_cluster.planner.calibrate import CalibrationError, MeasuredRun, Models, Refusal, calibrate
-from cpm_cluster.planner.calibration import Calibration, Scaling, Subject
-from cpm_cluster.planner.calibration_file import QUANTITIES, calibration_text, file_name, find_calibration
-from cpm_cluster.planner.demands import in_wide_weights
-from cpm_cluster.planner.gpu_memory import gpu_memory
-from cpm_cluster.planner.host_memory import host_memory
-from cpm_cluster.planner.job_setup import as_loaded, job_setup
-from cpm_cluster.planner.setup import Setup, Shape
-from cpm_cluster.runs.measured import measured, predicted
-from cpm_cluster.runs.records import write_text
-from cpm_cluster.runs.run import Run, find_run
-from cpm_cluster.runs.state import read_state
-from cpm_cluster.specs.job import JobSpec
-from cpm_cluster.specs.values import format_size
+import click
 
-MIB = 1 << 20
-ENDED_WELL = ("finished", "stopped")
-TITLES = {"gpu_memory": "GPU memory", "host_memory": "host memory", "step_time": "speed"}
-# As the answer plans our engines, with the allocator's cache, which nvidia-smi counts.
-MODELS = Models(
-    gpu_memory=lambda setup: in_wide_weights(gpu_memory(setup), setup),
-    host_memory=lambda setup: host_memory(as_loaded(setup)),
+from cpm_cluster.cli import exit_codes, here, options
+
+if TYPE_CHECKING:
+    from cpm_cluster.calibration.trials import Trial
+    from cpm_cluster.runs.run import Run
+    from cpm_cluster.runs.state import State
+
+EPILOG = (
+    """\
+\b
+Examples:
+  cpm calibrate jobs/lora_10b.yaml              three runs of well under a minute, then the calibration
+  cpm calibrate jobs/lora_10b.yaml --dry-run    what they would be
+  cpm plan --calibrate RUN RUN RUN              the same from runs that you have
+
+"""
+    + exit_codes.EPILOG
 )
 
 
-def calibration_for(spec: JobSpec) -> Calibration | None:
-    """The calibration that a job is planned with; None where there is none.
+@click.command("calibrate", epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("job", type=click.Path(readable=False, path_type=Path))
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the job: training.lr=1e-4."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would run, and touch nothing.")
+@options.runs_dir
+def command(job: Path, overrides: tuple[str, ...], dry_run: bool, runs_dir: Path) -> int:
+    """Train a few layers of JOB's model for about two minutes on one node, in three sizes, and calibrate the planner.
 
-    Raises:
-        SpecError: its file can't be read.
+    Later plans of its image, GPU and engine use what was measured.
     """
-    setup = job_setup(spec)
-    if setup is None or not setup.gpu:
-        return None
-    return find_calibration(folder(), Subject(spec.image.tag if spec.image else "", setup.gpu, setup.engine))
+    from cpm_cluster.calibration.trials import NoTrial, trials
+    from cpm_cluster.launch.prepare import read_job
+    from cpm_cluster.planner.answer import judge
 
-
-def folder() -> Path:
-    """Where calibrations are kept."""
-    return here.config_home() / "cpm-cluster" / "calibration"
-
-
-def calibrate_runs(names: tuple[str, ...], runs_dir: Path) -> Iterator[str]:
-    """Fit the models to runs, keep the calibration, and say in lines of text what came of it.
-
-    Raises:
-        CalibrationError: no run can be used; the message names each, and why.
-        RunError: a name is no run.
-        OSError: the file can't be written.
-    """
-    found = [measured_run(find_run(runs_dir, name)) for name in names]
-    unread = [one for one in found if isinstance(one, Refusal)]
-    usable = [one for one in found if isinstance(one, MeasuredRun)]
-    if not usable:
-        raise CalibrationError("\n".join(map(str, unread)))
+    job = here.job_file(job)
+    spec = read_job(job, overrides, here.catalogue(), here.has_slurm())
     try:
-        calibration, refused = calibrate(usable, MODELS, time.strftime("%Y-%m-%d"), __version__)
+        found = trials(spec, judge)
+    except NoTrial as error:
+        raise click.UsageError(str(error)) from None
+    if dry_run:
+        for trial in found:
+            click.echo(f"{trial.what}: {trial.spec.training.steps} steps")
+        return exit_codes.OK
+    runs = [_run(trial, job, runs_dir, f"{number} of {len(found)}") for number, trial in enumerate(found, 1)]
+    return _calibrate(runs)
+
+
+def _run(trial: Trial, job: Path, runs_dir: Path, number: str) -> Run:
+    """Run one trial to its end, whatever that is: a calibration says which it leaves out."""
+    from cpm_cluster.cli.make_run import make_run
+    from cpm_cluster.launch.prepare import prepare
+    from cpm_cluster.runs.run import new_run_id, run_directory
+    from cpm_cluster.schedulers import open_scheduler
+
+    run_id = new_run_id(trial.spec.name)
+    prepared = prepare(trial.spec, run_id, run_directory(runs_dir, run_id), here.submitter())
+    scheduler = open_scheduler(prepared.plan.scheduler)
+    scheduler.require(prepared.plan)
+    click.echo(f"run {number}: {trial.what}, {trial.spec.training.steps} steps")
+    run = make_run(prepared, job)
+    scheduler.submit(run)
+    state = _watched(run)
+    click.echo(f"  {state.name}" + ("" if state.name == "finished" else f"; cpm status {run.id} says why"))
+    return run
+
+
+def _watched(run: Run) -> State:
+    """Until it ends; Ctrl-C cancels it."""
+    from cpm_cluster.cli.cancel import cancel_run
+    from cpm_cluster.cli.follow import POLL_S, open_view
+    from cpm_cluster.monitoring.run_state import current_state, settle
+
+    view = open_view(run, as_json=False)
+    try:
+        while not (state := current_state(run)).ended:
+            view.show(state)
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        cancel_run(run)
+        raise
+    finally:
+        view.pause()
+    settle(run, state)
+    return state
+
+
+def _calibrate(runs: list[Run]) -> int:
+    from cpm_cluster.calibration.from_runs import calibrate_runs
+    from cpm_cluster.cli.calibration_text import calibration_lines
+    from cpm_cluster.planner.calibrate import CalibrationError
+
+    try:
+        found = calibrate_runs(runs, here.calibrations())
     except CalibrationError as error:
-        raise CalibrationError("\n".join([*map(str, unread), str(error)])) from None
-    path = folder() / file_name(calibration.subject)
-    write_text(path, calibration_text(calibration))
-    yield calibration.note
-    for name, groups in QUANTITIES.items():
-        yield _scaling_line(TITLES[name], groups, getattr(calibration, name))
-    yield from (f"left out: {refusal}" for refusal in (*unread, *refused))
-    yield f"written to {path}"
-
-
-def _scaling_line(title: str, groups: tuple[str, ...], scaling: Scaling | None) -> str:
-    if scaling is None:
-        return f"{title:<11} not measured"
-    factors = ", ".join(f"{group} × {value:.2f}" for group, value in zip(groups, scaling.multipliers, strict=True))
-    return f"{title:<11} {factors}; {scaling.runs} run(s), residual {scaling.residual:.1%}"
-
-
-def measured_run(run: Run) -> MeasuredRun | Refusal:
-    """What a run did and was planned with, or why that can't be said."""
-    state = read_state(run, alive=False)
-    if state.name not in ENDED_WELL:
-        return Refusal(run.id, f"is {state.name}; a calibration needs runs that have finished, or stopped in order")
-    plan = predicted(run)
-    recorded = (plan or {}).get("setup")
-    if not isinstance(plan, Mapping) or not isinstance(recorded, Mapping):
-        why = "keeps no setup: it had no GPUs, a program of its own, or an older cpm-cluster"
-        return Refusal(run.id, f"{run.files.fit.name} {why}")
-    try:
-        setup = _setup(recorded)
-    except (TypeError, KeyError) as error:
-        return Refusal(run.id, f"{run.files.fit.name}: setup: is of another version of cpm-cluster: {error}")
-    peaks = measured(run)
-    return MeasuredRun(
-        name=run.id,
-        subject=Subject(str(plan.get("image") or ""), setup.gpu, setup.engine),
-        setup=setup,
-        gpu_memory_mib=peaks.gpu_memory_mib,
-        gpu_total_mib=peaks.gpu_total_mib,
-        host_memory_bytes=peaks.host_memory_bytes,
-        tokens_per_s_per_gpu=peaks.tokens_per_s / setup.gpus if peaks.tokens_per_s is not None else None,
-    )
-
-
-def _setup(recorded: Mapping[str, Any]) -> Setup:
-    """From `asdict`. Raises TypeError or KeyError for one of other keys."""
-    values = {**recorded, "shape": Shape(**recorded["shape"]), "lora_targets": tuple(recorded["lora_targets"])}
-    return Setup(**values)
-
-
-def planned_beside_measured(run: Run) -> Iterator[str]:
-    """`GPU memory: planned 44.9 GiB (42 GiB to 49 GiB), used 43.1 GiB (-4 %)`, for each that was measured."""
-    peaks = measured(run)
-    used = {
-        "GPU memory": peaks.gpu_memory_mib and peaks.gpu_memory_mib * MIB,
-        "host memory": peaks.host_memory_bytes,
-    }
-    for demand in (predicted(run) or {}).get("demands", ()):
-        size = used.get(demand["resource"])
-        planned = sum(component["bytes"] for component in demand["components"])
-        if size and planned:
-            low, high = format_size(demand["low_bytes"]), format_size(demand["high_bytes"])
-            yield (
-                f"{demand['resource']}: planned {format_size(planned)} ({low} to {high}),"
-                f" used {format_size(round(size))} ({size / planned - 1:+.0%})"
-            )
+        click.echo(f"error: nothing was calibrated:\n{error}", err=True)
+        return exit_codes.FAILED
+    click.echo("\n".join(calibration_lines(found)))
+    return exit_codes.OK

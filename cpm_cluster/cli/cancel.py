@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from cpm_cluster.cli import exit_codes, options
-from cpm_cluster.cli.watch import current_state, settle
+from cpm_cluster.monitoring.run_state import current_state, settle
 from cpm_cluster.runs.records import append_event, write_json
 from cpm_cluster.runs.run import Run, RunError, find_run, read_submission
 from cpm_cluster.schedulers import SchedulerError, open_scheduler

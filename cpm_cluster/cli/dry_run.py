@@ -37,6 +37,7 @@ def fit_data(fit: Fit) -> dict[str, Any]:
     time = fit.time
     return {
         "verdict": fit.verdict,
+        "as_described": fit.as_described,
         "fit": [asdict(demand) | {"bytes": demand.bytes, "verdict": demand.verdict} for demand in fit.demands],
         "time": time
         and {

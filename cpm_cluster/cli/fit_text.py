@@ -25,8 +25,10 @@ def time_lines(fit: Fit) -> Iterator[str]:
     if fit.time:
         time, step = fit.time, fit.time.step
         yield f"{'time':<11} {time.verdict}: {time.size}, {time.limit}"
-        speed = f"{step.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, {step.tokens_per_day:.3g} tokens a day"
-        yield f"{'step':<11} {_seconds(step.seconds)} × {time.steps:,} steps; {speed}, MFU {step.mfu:.0%}"
+        each = "GPU" if step.peak_flops else "rank"
+        speed = f"{step.tokens_per_second_per_gpu:,.0f} tokens/s a {each}, {step.tokens_per_day:.3g} tokens a day"
+        mfu = f", MFU {step.mfu:.0%}" if step.mfu is not None else ""
+        yield f"{'step':<11} {_seconds(step.seconds)} × {time.steps:,} steps; {speed}{mfu}"
     if fit.cost:
         yield f"{'cost':<11} {cost_text(fit.cost)}"
 
@@ -54,7 +56,7 @@ def headline(fit: Fit) -> str:
 def refusal(fit: Fit) -> str:
     """Why a job is not submitted, and what would make it fit."""
     advice = [f"  {advice}\n    {' '.join(f'--set {text}' for text in advice.overrides)}" for advice in fit.advice]
-    helps = ["what would make it fit:", *advice] if advice else [NOTHING_HELPS]
+    helps = ["what would make it fit:", *advice] if advice else [NOTHING_HELPS] if fit.nothing_helps else fit.notes
     lines = ["this job does not fit:", *(f"  {text}" for text in fit.shortages()), *helps]
     return "\n".join([*lines, "cpm plan JOB shows all figures; --force submits it nevertheless"])
 

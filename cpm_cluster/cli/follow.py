@@ -13,7 +13,7 @@ from cpm_cluster.cli import exit_codes
 from cpm_cluster.cli.cancel import announcement, cancel_run
 from cpm_cluster.cli.progress_line import progress_line
 from cpm_cluster.cli.summary import summary
-from cpm_cluster.cli.watch import as_data, current_state, settle
+from cpm_cluster.monitoring.run_state import as_data, current_state, settle
 from cpm_cluster.runs.run import Run
 from cpm_cluster.runs.state import State
 

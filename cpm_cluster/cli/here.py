@@ -37,6 +37,11 @@ def config_home() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
 
 
+def calibrations() -> Path:
+    """Where calibrations of the planner are kept."""
+    return config_home() / "cpm-cluster" / "calibration"
+
+
 def has_slurm() -> bool:
     """Whether sbatch is on PATH."""
     return shutil.which("sbatch") is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from cpm_cluster.cli import exit_codes, options
-from cpm_cluster.cli.watch import current_state
+from cpm_cluster.monitoring.run_state import current_state
 from cpm_cluster.runs.run import Run, RunError, find_run
 
 POLL_S = 0.3

@@ -18,6 +18,7 @@ from cpm_cluster.cli import exit_codes
 VERBS = {
     "submit": "submit a job file, and follow it",
     "plan": "whether a job fits, how long it takes, what it costs",
+    "calibrate": "short runs that make plans fit your own GPUs",
     "status": "what has become of a run",
     "logs": "what a run printed",
     "cancel": "end a run",

@@ -79,7 +79,8 @@ def command(
     if calibrating:
         if overrides or suggesting or evaluate or not words:
             raise click.UsageError(
-                "--calibrate takes the names of finished runs, and nothing else; cpm runs lists them"
+                "--calibrate takes the names of finished runs, and nothing else; cpm runs lists them, and"
+                " cpm calibrate JOB makes some"
             )
         return _calibrate(words, runs_dir)
     if len(words) > 1:
@@ -104,10 +105,10 @@ def command(
 
 
 def _answer(spec: JobSpec, as_json: Path | None) -> int:
-    from cpm_cluster.cli.calibrate import calibration_for
+    from cpm_cluster.calibration.from_runs import calibration_for
     from cpm_cluster.planner.answer import answer
 
-    fit = answer(spec, calibration_for(spec))
+    fit = answer(spec, calibration_for(spec, here.calibrations()))
     if as_json:
         from cpm_cluster.cli.dry_run import fit_data
 
@@ -120,11 +121,11 @@ def _answer(spec: JobSpec, as_json: Path | None) -> int:
 
 
 def _suggest(spec: JobSpec, gpus: int | None, objective: Objective, as_json: Path | None) -> int:
-    from cpm_cluster.cli.calibrate import calibration_for
+    from cpm_cluster.calibration.from_runs import calibration_for
     from cpm_cluster.planner.suggest import NoSuggestion, suggest
 
     try:
-        found = suggest(spec, gpus, objective, calibration_for(spec))
+        found = suggest(spec, gpus, objective, calibration_for(spec, here.calibrations()))
     except NoSuggestion as error:
         raise click.UsageError(str(error)) from None
     if as_json:
@@ -137,14 +138,16 @@ def _suggest(spec: JobSpec, gpus: int | None, objective: Objective, as_json: Pat
 
 
 def _calibrate(names: tuple[str, ...], runs_dir: Path) -> int:
-    from cpm_cluster.cli.calibrate import calibrate_runs
+    from cpm_cluster.calibration.from_runs import calibrate_runs
+    from cpm_cluster.cli.calibration_text import calibration_lines
     from cpm_cluster.planner.calibrate import CalibrationError
+    from cpm_cluster.runs.run import find_run
 
     try:
-        for line in calibrate_runs(names, runs_dir):
-            click.echo(line)
+        found = calibrate_runs((find_run(runs_dir, name) for name in names), here.calibrations())
     except CalibrationError as error:
         raise click.UsageError(str(error)) from None
+    click.echo("\n".join(calibration_lines(found)))
     return exit_codes.OK
 
 

@@ -55,7 +55,7 @@ def _picture(spec: JobSpec, fit: Fit) -> Iterator[RenderableType]:
     yield from map(Text, time_lines(fit))
     yield from (Text(note, style="dim") for note in fit.notes)
     yield Text.assemble("verdict     ", Text(fit.told, style=STYLES[fit.verdict]))
-    if fit.does_not_fit and not fit.advice:
+    if fit.does_not_fit and fit.nothing_helps:
         yield Text(f"  {NOTHING_HELPS}")
     for advice in fit.advice:
         yield Text.assemble("  would fit: " if fit.does_not_fit else "  to be safe: ", str(advice))

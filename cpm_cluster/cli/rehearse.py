@@ -14,8 +14,8 @@ import click
 from cpm_cluster.cli import exit_codes
 from cpm_cluster.cli.cancel import cancel_run
 from cpm_cluster.cli.follow import POLL_S, View, open_view
-from cpm_cluster.cli.watch import as_data, current_state, settle
 from cpm_cluster.launch.rehearsal import Rehearsal
+from cpm_cluster.monitoring.run_state import as_data, current_state, settle
 from cpm_cluster.runs.records import read_json
 from cpm_cluster.runs.run import Run, read_submission
 from cpm_cluster.runs.state import State

@@ -8,7 +8,7 @@ import click
 
 from cpm_cluster.cli import options
 from cpm_cluster.cli.start import start
-from cpm_cluster.cli.watch import current_state
+from cpm_cluster.monitoring.run_state import current_state
 from cpm_cluster.runs.run import RunError, find_run
 from cpm_cluster.schedulers import open_scheduler
 

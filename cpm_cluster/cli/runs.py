@@ -11,7 +11,7 @@ import click
 
 from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.cli.progress_line import progress_line
-from cpm_cluster.cli.watch import Look, as_data, current_state, settle
+from cpm_cluster.monitoring.run_state import Look, as_data, current_state, settle
 from cpm_cluster.runs.run import Run, all_runs
 from cpm_cluster.runs.state import State
 from cpm_cluster.schedulers import SchedulerError

@@ -11,8 +11,9 @@ from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.cli.follow import follow
 from cpm_cluster.cli.peaks_line import peaks_line
 from cpm_cluster.cli.progress_line import progress_line
-from cpm_cluster.cli.watch import as_data, current_state, settle
+from cpm_cluster.diagnosis.hang import hang
 from cpm_cluster.diagnosis.retry import read_endings
+from cpm_cluster.monitoring.run_state import as_data, current_state, settle
 from cpm_cluster.runs.records import read_events
 from cpm_cluster.runs.run import find_run
 from cpm_cluster.runs.telemetry import run_telemetry
@@ -48,6 +49,8 @@ def command(run: str | None, following: bool, runs_dir: Path, as_json: bool) -> 
             click.echo(f"  attempt {ending.attempt}: {ending.cause}")
     if state.progress:
         click.echo("  " + progress_line(state.progress))
+    if not state.ended and (hung := hang(found, state)):
+        click.echo(f"  it may hang: {hung}")
     telemetry = run_telemetry(found.files.root / "telemetry")
     if telemetry:
         click.echo("  " + peaks_line(telemetry))

@@ -99,12 +99,14 @@ def _may_go(prepared: Prepared, force: bool) -> bool:
 
 
 def _prepare(job: Path, overrides: tuple[str, ...], runs_dir: Path) -> Prepared:
-    from cpm_cluster.cli.calibrate import calibration_for
+    from cpm_cluster.calibration.from_runs import calibration_for
     from cpm_cluster.runs.run import new_run_id, run_directory
 
     spec = read_job(job, overrides, here.catalogue(), here.has_slurm())
     run_id = new_run_id(spec.name)
-    return prepare(spec, run_id, run_directory(runs_dir, run_id), here.submitter(), calibration_for(spec))
+    return prepare(
+        spec, run_id, run_directory(runs_dir, run_id), here.submitter(), calibration_for(spec, here.calibrations())
+    )
 
 
 def _rehearse(job: Path, overrides: tuple[str, ...], runs_dir: Path, as_json: bool, dry_run: bool) -> int:

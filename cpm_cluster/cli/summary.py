@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from cpm_cluster.cli.progress_line import progress_line
+from cpm_cluster.cli.results import results
 from cpm_cluster.diagnosis.verdict import Verdict
 from cpm_cluster.runs.records import read_lines
 from cpm_cluster.runs.run import Run
 from cpm_cluster.runs.state import State
 from cpm_cluster.specs.problems import printable
+from cpm_cluster.specs.values import format_size
 
 ROWS_OF_CURVE = 12
 BAR_WIDTH = 40
@@ -23,8 +25,10 @@ def summary(run: Run, state: State, verdict: Verdict | None) -> str:
 
 
 def _lines(run: Run, state: State, verdict: Verdict | None) -> Iterator[str]:
-    yield from _curve(read_lines(run.files.root / "metrics.jsonl"))
+    metrics = read_lines(run.files.root / "metrics.jsonl")
+    yield from _curve([row for row in metrics if row.get("loss") is not None])
     yield from _samples(read_lines(run.files.root / "samples.jsonl"))
+    yield from results(run.files.root)
     yield ""
     code = "" if state.exit_code in (None, 0) else f" (exit code {state.exit_code})"
     yield f"{run.id}: {state.name}{code}"
@@ -42,9 +46,14 @@ def _lines(run: Run, state: State, verdict: Verdict | None) -> Iterator[str]:
 
 
 def _planned_and_measured(run: Run) -> list[str]:
-    from cpm_cluster.cli.calibrate import planned_beside_measured  # only at a run's end: it loads the planner
+    """`GPU memory: planned 44.9 GiB (42 GiB to 49 GiB), used 43.1 GiB (-4%)`."""
+    from cpm_cluster.calibration.planned import planned_beside_measured  # only at a run's end: it loads the planner
 
-    return list(planned_beside_measured(run))
+    return [
+        f"{one.resource}: planned {format_size(one.planned)} ({format_size(one.low)} to {format_size(one.high)}),"
+        f" used {format_size(one.used)} ({one.used / one.planned - 1:+.0%})"
+        for one in planned_beside_measured(run)
+    ]
 
 
 def _curve(metrics: list[dict[str, Any]]) -> Iterator[str]:

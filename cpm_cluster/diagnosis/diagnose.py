@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cpm_cluster.diagnosis.hang import hang
 from cpm_cluster.diagnosis.verdict import Evidence, Verdict
 from cpm_cluster.runs.records import read_events, read_json
 from cpm_cluster.runs.run import Run
@@ -134,7 +135,9 @@ def _rank_error(run: Run, state: State) -> Verdict | None:
         return Verdict("out of memory", f"The GPU was full: {message}.", False, remedy, evidence, rank=rank)
     if FABRIC.search(f"{first.get('type')} {message}"):
         cause = f"The ranks lost each other: rank {rank} said first: {message}."
-        return Verdict("fabric", cause, True, _resume(run), evidence, rank=rank)
+        hung = hang(run, state)
+        beats = (Evidence("heartbeats", 0, hung),) if hung else ()
+        return Verdict("fabric", cause, True, _resume(run), evidence + beats, rank=rank)
     cause = f"Rank {rank} failed first, with {first.get('type')}: {message}."
     return Verdict("program", cause, False, f"see cpm logs {run.id} --rank {rank}", evidence, rank=rank)
 

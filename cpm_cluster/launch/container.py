@@ -67,5 +67,11 @@ def _places_read(spec: JobSpec) -> list[PurePosixPath]:
     sources = [source.path for source in (*spec.data.train, *spec.data.eval)] if spec.data else []
     prompts = [spec.generation.prompts] if spec.generation else []
     files = [*sources, *spec.evaluation.choices, *prompts, *filter(None, [spec.init_from]), spec.tokenizer]
-    paths = [PurePosixPath(file) for file in files if file.startswith("/")]
+    paths = [_to_first_wildcard(PurePosixPath(file)) for file in files if file.startswith("/")]
     return sorted({path if str(path.parent) in _OF_THE_IMAGE else path.parent for path in paths})
+
+
+def _to_first_wildcard(path: PurePosixPath) -> PurePosixPath:
+    """`/data/*/rows.jsonl` as `/data/*`: a pattern reads below the folder before its first wildcard."""
+    number = next((number for number, part in enumerate(path.parts) if set(part) & set("*?[")), len(path.parts))
+    return PurePosixPath(*path.parts[: number + 1])

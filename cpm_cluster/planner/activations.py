@@ -5,11 +5,18 @@ Symbols: T tokens of a micro batch, s sequence, h hidden, f FFN width, a heads, 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.memory_constants import FITTED, MemoryConstants
-from cpm_cluster.planner.model_states import part, quantises_the_head, weight_bytes
+from cpm_cluster.planner.model_states import (
+    deepspeed_version,
+    part,
+    quantises_the_head,
+    weight_bytes,
+    widens_embeddings,
+)
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import Stage
 
@@ -25,16 +32,17 @@ class Activations:
 
 
 def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activations:
-    width, tokens = weight_bytes(setup), _tokens(setup)
+    tokens = _tokens(setup)
     if setup.mode == "infer":
-        return Activations(_key_value_cache(setup), (), (), _logits(setup, constants))
+        return Activations(_key_value_cache(setup), (), (), (*_logits(setup, constants), *_dequantised_prompt(setup)))
     block = block_bytes_per_token(setup, constants) * tokens
     source = KORTHIKANTI if setup.engine == "megatron" else "counted by tensor; " + FITTED
     head = (*_logits(setup, constants), *_dequantised_head(setup)) if stage.has_head else ()
-    sent = width * tokens * setup.shape.hidden * stage.blocks * stage.micro_batches
+    wide = stream_bytes(setup)
+    sent = wide * tokens * setup.shape.hidden * stage.blocks * stage.micro_batches
     if setup.sequence_parallel:
         sent /= setup.tp
-    inputs = part("inputs of the blocks", f"{width}Th × blocks × micro batches", sent, KORTHIKANTI)
+    inputs = part("inputs of the blocks", f"{wide}Th × blocks × micro batches", sent, KORTHIKANTI)
     unpacked = _dequantised(setup)
     one = (part("one block", "T × saved by a block", block, source), *unpacked)
     if setup.recompute == "full":
@@ -48,6 +56,14 @@ def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activ
     size = block * stage.blocks * stage.micro_batches * _trained_share_of_blocks(setup)
     saved = part("activations", "T × saved by a block × blocks", size, source)
     return Activations((saved,), one, unpacked, head)
+
+
+def stream_bytes(setup: Setup) -> int:
+    """Of an element of the residual stream, which has the type of the embeddings.
+
+    Quantised layers give back the type of their input (bitsandbytes/nn/modules.py, Linear4bit.forward).
+    """
+    return 4 if widens_embeddings(setup) else weight_bytes(setup)
 
 
 def _tokens(setup: Setup) -> int:
@@ -71,10 +87,15 @@ def block_bytes_per_token(setup: Setup, constants: MemoryConstants) -> float:
         constants.compiled_block
         if setup.compiled
         else constants.plain_block
-        if setup.engine == "fsdp"
+        if written_for_fsdp(setup)
         else constants.block
     )
     return factor * _eager_block(setup, constants) + _scores_per_token(setup)
+
+
+def written_for_fsdp(setup: Setup) -> bool:
+    """Programs with models of their own, not those of transformers in FSDP."""
+    return setup.engine == "fsdp" and not re.search(r"transformers|trl|accelerate", setup.engine_version)
 
 
 def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
@@ -136,6 +157,14 @@ def _dequantised(setup: Setup) -> tuple[Component, ...]:
     return (part("one matrix, dequantised", "2 × largest", 2 * largest, "bitsandbytes/autograd/_functions.py"),)
 
 
+def _dequantised_prompt(setup: Setup) -> tuple[Component, ...]:
+    """Of several tokens at once, bitsandbytes multiplies by the dequantised matrix; other kernels unpack as they go."""
+    if setup.precision not in ("nf4", "nf4_dq", "int8"):
+        return ()
+    parts = (*_dequantised(setup), *_dequantised_head(setup))
+    return (max(parts, key=lambda component: component.bytes),)
+
+
 def _dequantised_head(setup: Setup) -> tuple[Component, ...]:
     if not (setup.quantised and quantises_the_head(setup)):
         return ()
@@ -168,20 +197,42 @@ def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, 
         return constants.logits_metrics, FITTED
     if setup.engine == "none" or setup.precision == "fp32":
         return constants.logits_autocast, FITTED
+    if setup.engine == "deepspeed" and _model_upcasts(setup):
+        return constants.logits_upcast, FITTED
     return constants.logits_half, FITTED
+
+
+def _model_upcasts(setup: Setup) -> bool:
+    """Models of the Llama family in transformers make all logits fp32 since 4.31 of July 2023 (modeling_llama.py).
+
+    Of what the software says of itself the first counts: its version of transformers, of DeepSpeed, of torch, its date.
+    """
+    if not setup.shape.gated_mlp or setup.shape.kind != "decoder":
+        return False
+    stated = re.search(r"transformers (\d+)\.(\d+)", setup.engine_version)
+    if stated:
+        return (int(stated.group(1)), int(stated.group(2))) >= (4, 31)
+    if deepspeed_version(setup):
+        return deepspeed_version(setup) >= (0, 10)
+    if setup.torch_version != (0, 0):
+        return setup.torch_version >= (2, 1)
+    date = re.search(r"20\d\d-\d\d", setup.engine_version)
+    return date is None or date.group() >= "2023-07"
 
 
 def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: MemoryConstants) -> int:
     """Bytes that logits may take on top, by the model's code.
 
-    In training that of Llama and GLM makes half logits fp32, but not that of all; in inference some code computes
-    the logits of a whole prompt, in half and fp32.
+    In training older code of Llama's and GLM's kind may make half logits fp32, too; in inference some code computes the
+    logits of a whole prompt, in half and fp32.
     """
     if setup.mode == "infer":
         return round(6 * setup.tokens * setup.shape.vocab / setup.tp)
     upcasts = setup.shape.gated_mlp or setup.shape.kind == "glm"
     if setup.engine != "deepspeed" or not upcasts or setup.precision == "fp32" or setup.fused_cross_entropy:
         return 0
+    if _model_upcasts(setup):
+        return 0  # counted already
     logits = sum(component.bytes for component in passing if component.name == "logits")
     return round(logits * (constants.logits_upcast / constants.logits_half - 1))
 

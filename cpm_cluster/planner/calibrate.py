@@ -53,11 +53,17 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Models:
-    """The models as the answer uses them. `gpu_memory` includes what the allocator's cache has reserved."""
+    """The models as the answer uses them, and what is expected of their multipliers and beside them.
+
+    `gpu_memory` includes what the allocator's cache has reserved.
+    """
 
     gpu_memory: GpuModel
     host_memory: HostModel = host_memory
     step_time: TimeModel = step_time
+    time_expected: Vector = of.TIME_EXPECTED
+    host_noise: float = of.HOST_NOISE
+    time_noise: float = of.TIME_NOISE
 
 
 def calibrate(
@@ -81,8 +87,8 @@ def calibrate(
             date=date,
             version=version,
             gpu_memory=_scaling(_gpu_observations(good, models), of.GPU_EXPECTED, of.GPU_NOISE),
-            host_memory=_scaling(_host_observations(good, models), of.HOST_EXPECTED, of.HOST_NOISE),
-            step_time=_scaling(_time_observations(good, models), of.TIME_EXPECTED, of.TIME_NOISE),
+            host_memory=_scaling(_host_observations(good, models), of.HOST_EXPECTED, models.host_noise),
+            step_time=_scaling(_time_observations(good, models), models.time_expected, models.time_noise),
         ),
         refused,
     )
@@ -187,8 +193,8 @@ def _time_objections(run: MeasuredRun, models: Models) -> Iterator[str]:
     step = models.step_time(run.setup)
     ratio = run.tokens_per_s_per_gpu / step.tokens_per_second_per_gpu
     flops = step.model_flops_per_token - step.masked_flops_per_token
-    mfu = run.tokens_per_s_per_gpu * flops / step.peak_flops
+    mfu = run.tokens_per_s_per_gpu * flops / step.peak_flops if step.peak_flops else 0.0
     if mfu > step.mfu_limit:
         yield f"its speed would be an MFU of {mfu:.0%}: tokens are counted twice, or it ran on another GPU"
     elif ratio < 1 / FAR_TIME:
-        yield f"it is {1 / ratio:,.0f} times slower than planned: it waited for something else than its GPUs"
+        yield f"it is {1 / ratio:,.0f} times slower than planned: it waited for something else than its processors"

@@ -34,13 +34,15 @@ HOST_EXPECTED = (0.3, 0.05)
 TIME_EXPECTED = (0.12, 0.5, math.log(4))  # the CPU's rate is a guess: published ones differ by a factor of 7
 # What a run is expected to be off besides, as a part of the prediction.
 GPU_NOISE, HOST_NOISE, TIME_NOISE = 0.06, 0.08, 0.08
+# Runs that tell a quantity's terms apart; fewer may make the plans of other configurations worse.
+ENOUGH = 3
 # Standard deviations to either side: 95 % of Student's t with 4 degrees of freedom.
 SIDE = 2.78
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a calibration is of: image (empty without one), GPU as in gpus.yaml, engine as a Setup names it."""
+    """What a calibration is of: image (empty without one), GPU as in gpus.yaml or `cpu`, engine as a Setup names it."""
 
     image: str
     gpu: str
@@ -91,7 +93,13 @@ class Calibration:
             if scaling
         ]
         count = f"{len(self.runs)} {'run' if len(self.runs) == 1 else 'runs'}"
-        return f"calibrated on {count} ({', '.join(self.modes)}) of {self.subject}, {self.date}: {', '.join(told)}"
+        few = "" if self.is_enough else "; so few may make plans of other configurations worse"
+        whole = f"{count} ({', '.join(self.modes)}) of {self.subject}, {self.date}"
+        return f"calibrated on {whole}: {', '.join(told)}{few}"
+
+    @property
+    def is_enough(self) -> bool:
+        return len(self.runs) >= ENOUGH
 
     def is_of(self, setup: Setup) -> bool:
         """A change of a job may lead to another engine, for which these multipliers say nothing."""

@@ -17,7 +17,7 @@ from cpm_cluster.planner.gpu_memory import GpuMemory, Instant, gpu_memory, gpu_n
 from cpm_cluster.planner.host_memory import HostInstant, host_memory
 from cpm_cluster.planner.job_setup import as_loaded, host_capacity
 from cpm_cluster.planner.memory_constants import MIB
-from cpm_cluster.planner.model_states import DTYPE, part
+from cpm_cluster.planner.model_states import DTYPE, part, weight_bytes
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.shared_memory import shared_memory
 from cpm_cluster.planner.step_time import step_time
@@ -29,6 +29,8 @@ CPU_RANK_BYTES = 400_000_000
 CPU_SPREAD = 0.3
 OURS = ("fsdp", "ddp")  # jobs reach these through our torch engine alone
 TORCH_ENGINE = "training/engines/torch_engine.py"
+ATTENTION = "training/attention.py"
+SDPA = "aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask"
 
 
 def demands(spec: JobSpec, setup: Setup | None, calibration: Calibration | None = None) -> Iterator[Demand]:
@@ -98,24 +100,48 @@ def run_time(spec: JobSpec, setup: Setup, calibration: Calibration | None = None
 
 
 def in_wide_weights(memory: GpuMemory, setup: Setup) -> GpuMemory:
-    """Our torch engine keeps frozen weights and adapters in fp32, and casts them as it computes.
+    """What our torch engine holds beyond what the model of its kind counts, on top of every instant.
 
-    The model of adapters counts 2 bytes of each: what comes on top is added to every instant.
+    It keeps frozen weights and adapters in fp32, and casts them as it computes: the model of adapters counts 2 bytes of
+    each. Rows are packed, and attention is told by a mask which documents may see each other.
     """
-    if setup.engine not in OURS or not setup.trains_adapters or setup.precision == "fp32":
+    if setup.engine not in OURS or setup.mode == "infer":
         return memory
-    ranks = setup.shards if setup.zero_stage else 1
-    extra = [part("frozen weights in fp32", "2N more", 2 * setup.shape.parameters / ranks, TORCH_ENGINE)]
-    passing = []
-    if setup.zero_stage:
-        extra.append(part("adapters in fp32", "8T more", 8 * setup.trained_parameters / ranks, TORCH_ENGINE))
-        root = 2 * setup.shape.vocabulary_matrices * setup.shape.embedding_parameters
-        passing.append(part("gathered embeddings", "2Vh for each", root, "training/engines/fsdp.py, the root unit"))
+    lasting, passing = _wide_weights(setup), _masks(setup)
 
     def wider(instant: Instant) -> Instant:
-        return replace(instant, lasting=(*instant.lasting, *extra), passing=(*instant.passing, *passing))
+        return replace(instant, lasting=(*instant.lasting, *lasting), passing=(*instant.passing, *passing))
 
     return GpuMemory(tuple(map(wider, memory.instants)))
+
+
+def _wide_weights(setup: Setup) -> tuple[Component, ...]:
+    if not setup.trains_adapters or setup.precision == "fp32":
+        return ()
+    ranks = setup.shards if setup.zero_stage else 1
+    frozen = part("frozen weights in fp32", "2N more", 2 * setup.shape.parameters / ranks, TORCH_ENGINE)
+    if not setup.zero_stage:
+        return (frozen,)
+    return frozen, part("adapters in fp32", "8T more", 8 * setup.trained_parameters / ranks, TORCH_ENGINE)
+
+
+def _masks(setup: Setup) -> tuple[Component, ...]:
+    """A byte for each pair of positions; torch's fused attention makes a bias of it, which each block saves.
+
+    It saves keys and values repeated for all heads, too (training/attention.py).
+    """
+    width, shape = weight_bytes(setup), setup.shape
+    pairs = setup.micro_batch * setup.seq_len**2
+    blocks = 1 if setup.recompute == "full" else shape.layers
+    parts = [part("mask of packed rows", "micro batch × s²", pairs, ATTENTION)]
+    if setup.flash_attention:
+        bias = width * pairs * blocks
+        parts.append(part("mask as attention saves it", f"{width} × micro batch × s² × blocks", bias, SDPA))
+    repeated = shape.attention_width - shape.kv_width
+    if repeated:
+        size = 2 * width * setup.tokens * repeated * blocks
+        parts.append(part("keys and values of all heads", f"{2 * width}T × repeated × blocks", size, ATTENTION))
+    return tuple(parts)
 
 
 def _saving(setup: Setup, saving: HostInstant) -> HostInstant:

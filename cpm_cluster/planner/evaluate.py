@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cpm_cluster.planner.gpu_memory import GpuMemory, gpu_memory, gpu_need, reading
+from cpm_cluster.planner.gpu_memory import STAGING, GpuMemory, gpu_memory, gpu_need, reading
 from cpm_cluster.planner.host_memory import host_memory
 from cpm_cluster.planner.memory_constants import MIB
 from cpm_cluster.planner.rows import Row
@@ -78,7 +78,8 @@ def evaluate(rows: Sequence[Row]) -> Evaluation:
     groups: dict[str, list[float]] = {}
     for row, error in scored:
         groups.setdefault(f"{row.setup.engine} {row.setup.mode}", []).append(error)
-    inside = [p.low <= (r.reading.gpu_memory_mib or 0) <= p.high for r, p in pairs if r.use_gpu]
+    read = [(r.reading.gpu_memory_mib, p) for r, p in pairs if r.use_gpu and r.reading.gpu_memory_mib]
+    inside = [p.low <= measured <= p.high for measured, p in read if measured]
     worst = sorted(((row.id, error) for row, error in scored), key=lambda pair: -abs(pair[1]))[:WORST]
     return Evaluation(
         predictions=predictions,
@@ -95,17 +96,29 @@ def evaluate(rows: Sequence[Row]) -> Evaluation:
 def predict(row: Row, speed: Callable[[Setup], float] | None = None) -> Prediction:
     setup = row.setup
     memory = gpu_memory(setup)
-    shown = reading(memory, setup)
+    low, high = _interval(memory, setup)
     host = host_memory(setup)
     return Prediction(
         id=row.id,
-        gpu_mem_mb=round(shown.bytes / MIB, 1),
-        host_mem_gb=round(host.observed.bytes / GB, 2),
+        gpu_mem_mb=_digits(reading(memory, setup).bytes / MIB),
+        host_mem_gb=_digits(host.observed.bytes / GB),
         fits=_fits(setup, gpu_need(setup), host.high / GB),
-        tokens_per_s_per_gpu=round(speed(setup), 2) if speed else None,
-        low=round(shown.low / MIB, 1),
-        high=round(shown.high / MIB, 1),
+        tokens_per_s_per_gpu=_digits(speed(setup)) if speed else None,
+        low=_digits(low / MIB),
+        high=_digits(high / MIB),
     )
+
+
+def _interval(memory: GpuMemory, setup: Setup) -> tuple[int, int]:
+    """Bytes between which the reading lies: any instant that it can show may turn out the fullest."""
+    starts = setup.metric in ("allocated", "reserved")
+    shown = [instant for instant in memory.instants if starts or instant.name != STAGING]
+    return max(instant.low for instant in shown), max(instant.high for instant in shown)
+
+
+def _digits(number: float) -> float:
+    """Six of them: small ones are not rounded to nothing."""
+    return float(f"{number:.6g}")
 
 
 def _fits(setup: Setup, need: GpuMemory, host_gb: float) -> bool:
@@ -151,8 +164,8 @@ def time_error(row: Row, prediction: Prediction) -> float | None:
 
 
 def fit_score(pairs: Iterable[tuple[Row, Prediction]]) -> FitScore:
-    used = [(row, prediction) for row, prediction in pairs if row.use_fit]
-    died = [(row, p) for row, p in used if row.reading.outcome != "ok"]
+    used = [(row, prediction) for row, prediction in pairs if row.use_fit and row.reading.outcome]
+    died = [(row, p) for row, p in used if row.reading.outcome.startswith("oom")]
     lived = [(row, p) for row, p in used if row.reading.outcome == "ok"]
     caught = sum(not p.fits for _, p in died)
     said = sum(p.fits for _, p in lived)

@@ -135,6 +135,8 @@ class Fit:
     time: RunTime | None = None
     cost: Cost | None = None
     advice: tuple[Advice, ...] = ()
+    nothing_helps: bool = False  # advice was sought, and not found
+    as_described: bool = False  # of a program of the user's own, which nobody has read
     notes: tuple[str, ...] = ()  # what the figures leave open
 
     @property
@@ -150,7 +152,7 @@ class Fit:
     def told(self) -> str:
         """The verdict for people."""
         if self.verdict != "capacity unknown":
-            return self.verdict
+            return self.verdict + (", as workload describes it" if self.as_described else "")
         some = any(demand.resource in MEMORY and demand.verdict == "fits" for demand in self.demands)
         return "fits as far as is known" if some else "not judged"
 

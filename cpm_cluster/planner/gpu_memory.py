@@ -6,23 +6,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cpm_cluster.planner.activations import Activations, activations, logits_beyond
+from cpm_cluster.planner.activations import Activations, activations, logits_beyond, written_for_fsdp
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.memory_constants import CONSTANTS, FITTED, MIB, MemoryConstants
-from cpm_cluster.planner.model_states import States, model_states, part
+from cpm_cluster.planner.model_states import States, model_states, part, step_beyond
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import stages
 
 STAGING = "init staging"
+STEP = "optimizer step"
 Parts = tuple[Component, ...]
 FitVerdict = Literal["fits", "tight", "does not fit", "capacity unknown"]
 
 # How far each kind of term may be off: chosen so that no run of measured_runs.csv that died is said to fit.
 LASTING = 0.03  # weights, gradients, states
-PASSING = 0.25  # activations, logits, buffers in flight
+LASTING_UNREAD = 0.05  # the same with BMTrain: no reading of it is published, only what ran and what did not
+PASSING = 0.20  # activations, logits, buffers in flight
 PASSING_PLAIN = 0.12  # the same where models are written for the engine (FSDP programs), without wrappers
 OUTSIDE = 0.20  # contexts
-PIPELINE = 0.198  # any term of a pipelined or tensor-parallel run: stages differ, and groups are made as they are used
+PIPELINE = 0.22  # any term of a pipelined or tensor-parallel run: stages differ, and groups are made as they are used
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Instant:
     passing: Parts  # comes and goes within a step
     wasted: Parts = ()  # reserved by the allocator, which gives it back when it must
     passing_spread: float = PASSING
+    lasting_spread: float = LASTING
     spread: float = 0.0  # at least so uncertain is every term
     unsure: int = 0  # bytes that may come on top
 
@@ -56,7 +59,7 @@ class Instant:
 
     def _bound(self, sign: int) -> int:
         dynamic = (*self.passing, *self.wasted)
-        kinds = (self.outside, OUTSIDE), (self.lasting, LASTING), (dynamic, self.passing_spread)
+        kinds = (self.outside, OUTSIDE), (self.lasting, self.lasting_spread), (dynamic, self.passing_spread)
         return round(sum(c.bytes * (1 + sign * max(share, self.spread)) for parts, share in kinds for c in parts))
 
 
@@ -100,15 +103,19 @@ def reading(memory: GpuMemory, setup: Setup) -> Instant:
 
 
 def gpu_need(setup: Setup, constants: MemoryConstants = CONSTANTS) -> GpuMemory:
-    """What a card must have: all that nvidia-smi would show but for what the allocator can give back."""
-    return gpu_memory(replace(setup, metric="nvml"), constants, cache=setup.engine == "megatron")
+    """What a card must have: all that nvidia-smi would show but for what the allocator can give back.
+
+    Of Megatron's equal blocks it can't, of BMTrain's gathered ones only by stopping both streams at every block.
+    """
+    return gpu_memory(replace(setup, metric="nvml"), constants, cache=setup.engine in ("megatron", "bmtrain"))
 
 
 def gpu_memory(setup: Setup, constants: MemoryConstants = CONSTANTS, cache: bool = True) -> GpuMemory:
     """By the metric of the setup: live tensors, what the allocator has reserved, or all that the card shows."""
     cache = cache and setup.metric != "allocated"
     outside = _outside_the_allocator(setup, constants)
-    passing_spread = PASSING_PLAIN if setup.engine == "fsdp" else PASSING
+    passing_spread = PASSING_PLAIN if written_for_fsdp(setup) else PASSING
+    lasting_spread = LASTING_UNREAD if setup.engine == "bmtrain" else LASTING
     spread = PIPELINE if setup.engine == "megatron" else 0.0
     instants: list[Instant] = []
     for stage in stages(setup):
@@ -117,8 +124,12 @@ def gpu_memory(setup: Setup, constants: MemoryConstants = CONSTANTS, cache: bool
         for name, lasting, passing in _timeline(setup, states, kept, cache):
             wasted = _fragmentation(setup, passing, constants) if cache else ()
             unsure = logits_beyond(setup, passing, constants)
+            if name == STEP:
+                unsure += step_beyond(setup, stage)
             where = f"{name}, {stage.name}" if stage.name else name
-            instants.append(Instant(where, outside, lasting, passing, wasted, passing_spread, spread, unsure))
+            instants.append(
+                Instant(where, outside, lasting, passing, wasted, passing_spread, lasting_spread, spread, unsure)
+            )
     return GpuMemory(tuple(instants))
 
 
@@ -134,23 +145,37 @@ def _timeline(setup: Setup, states: States, kept: Activations, cache: bool) -> I
     rest = (*states.at_rest, *flat)
     earlier = states.gradients if setup.accumulates else ()
     whole = (*rest, *states.gradients)
-    yield "end of the forward pass", (*rest, *earlier), (*states.computing, *kept.kept, *kept.head)
+    # BMTrain gathers in a stream of its own: what that leaves free serves no other stream, and no larger matrix.
+    pool = states.reducing if cache and setup.engine == "bmtrain" else ()
+    yield (
+        "end of the forward pass",
+        (*rest, *earlier, *pool),
+        (*states.computing, *states.in_head, *kept.kept, *kept.head),
+    )
     last, first = (*rest, *earlier, *states.reducing), (*whole, *states.reducing)
     yield "backward pass of the last block", last, (*states.computing, *kept.kept, *kept.extra)
     yield "backward pass of the first block", first, (*states.computing, *kept.block)
     step = states.stepping if cache else (*states.stepping, *states.flat_in_step)
-    yield "optimizer step", (*whole, *step), ()
+    yield STEP, (*whole, *step), ()
 
 
 def _outside_the_allocator(setup: Setup, constants: MemoryConstants) -> Parts:
     if setup.metric in ("allocated", "reserved"):
         return ()
     parts = [part("CUDA context", "constant", constants.context * MIB, FITTED)]
-    if setup.gpus > 1 and setup.engine != "none":
-        groups = sum((setup.dp > 1, setup.tp > 1, setup.pp > 1, setup.tp * setup.pp > 1))  # the last: the world
+    groups = _communicators(setup)
+    if groups:
         each = constants.communicator_across_nodes if setup.nodes > 1 else constants.communicator
         parts.append(part("NCCL", f"{groups} communicators", groups * each * MIB, FITTED))
     return tuple(parts)
+
+
+def _communicators(setup: Setup) -> int:
+    if setup.engine == "bmtrain" and setup.mode != "infer" and setup.gpus == 1:
+        return 1  # made even for one rank (bmtrain/init.py)
+    if setup.gpus == 1 or setup.engine == "none":
+        return 0
+    return sum((setup.dp > 1, setup.tp > 1, setup.pp > 1, setup.tp * setup.pp > 1))  # the last: the world
 
 
 def _fragmentation(setup: Setup, passing: Parts, constants: MemoryConstants) -> Parts:

@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_cluster.planner.fit import Component
-from cpm_cluster.planner.model_states import QUANTISED_BYTES, STAGE_2, STAGE_3, SUB_GROUP, part, weight_bytes
+from cpm_cluster.planner.model_states import (
+    QUANTISED_BYTES,
+    STAGE_2,
+    STAGE_3,
+    SUB_GROUP,
+    deepspeed_version,
+    part,
+    weight_bytes,
+)
 from cpm_cluster.planner.setup import Setup
 
 GB = 10**9
@@ -20,6 +28,10 @@ LOADING = 1.3  # a model that is read whole: itself and a part of the file
 PINNED_POOL = 1.28  # many pinned tensors of different sizes, each rounded up
 SPREAD = 0.15  # of all terms together, on the host readings of measured_runs.csv
 FITTED = "fitted, see planner/host_memory.py"
+ADAM_OFFLOAD = "bmtrain/optim/adam_offload.py"
+PINS_THE_MASTER_COPY = (0, 14, 1)  # pin_memory(weights_partition) in stage_1_and_2.py, whatever the configuration says
+KEEPS_HALF_WEIGHTS = (0, 17, 0)  # param_buffer_of_bit16_for_cpu_offload_groups in stage_1_and_2.py
+ZERO_OFFLOAD = "ZeRO-Offload, Ren et al. 2021"
 Parts = tuple[Component, ...]
 
 
@@ -79,8 +91,10 @@ def _processes(ranks: int, each_gb: float) -> Parts:
 
 def pinned(setup: Setup, size: float) -> float:
     """A pinned buffer is as large as the next power of two (torch since 1.11, pytorch#95823)."""
-    if not setup.pin_memory:
-        return size
+    return power_of_two(size) if setup.pin_memory else size
+
+
+def power_of_two(size: float) -> float:
     return float(1 << max(0, round(size) - 1).bit_length())
 
 
@@ -110,13 +124,42 @@ def _offloaded(setup: Setup) -> list[Component]:
     """By one rank."""
     if not (setup.offload_optimizer or setup.offload_param):
         return []
-    if setup.engine == "bmtrain":
-        trained = setup.trained_parameters / setup.shards
-        return [
-            part("master copy and moments", "12T" + _over(setup), 12 * trained, "bmtrain/optim/adam_offload.py"),
-            part("pinned weights and gradients", "4T" + _over(setup), 4 * trained, "bmtrain/optim/adam_offload.py"),
-        ]
-    return _deepspeed_offloaded(setup)
+    return _bmtrain_offloaded(setup) if setup.engine == "bmtrain" else _deepspeed_offloaded(setup)
+
+
+def _bmtrain_offloaded(setup: Setup) -> list[Component]:
+    """Two pinned buffers for the part of each tensor, whatever the job says of pinning."""
+    trained = setup.trained_parameters / setup.shards
+    pinned_bytes = 4 * trained * _rounding_of_parts(setup)
+    return [
+        part("master copy and moments", "12T" + _over(setup), 12 * trained, ADAM_OFFLOAD),
+        part("pinned weights and gradients", "2 p2(2 × part of each tensor)", pinned_bytes, ADAM_OFFLOAD),
+    ]
+
+
+def _rounding_of_parts(setup: Setup) -> float:
+    """How much larger pinned buffers are than what they hold, over the ranks of one node.
+
+    A block lies flat over the ranks: of some tensors a rank holds a part, of others all or nothing.
+    """
+    if setup.mode != "full":
+        return PINNED_POOL
+    shape, n = setup.shape, setup.shards
+    tensors = [rows * columns for rows, columns in shape.linear_shapes.values()]
+    part_of_block = sum(tensors) / n
+    held = rounded = 0.0
+    for rank in range(min(setup.ranks_per_node, n)):
+        end = 0.0
+        for size in tensors:
+            start, end = end, end + size
+            own = min(end, (rank + 1) * part_of_block) - max(start, rank * part_of_block)
+            if own >= 1:
+                held += shape.layers * own
+                rounded += shape.layers * power_of_two(2 * own) / 2
+        own = shape.embedding_parameters / n
+        held += shape.vocabulary_matrices * own
+        rounded += shape.vocabulary_matrices * power_of_two(2 * own) / 2
+    return rounded / held
 
 
 def _over(setup: Setup) -> str:
@@ -128,18 +171,34 @@ def _deepspeed_offloaded(setup: Setup) -> list[Component]:
     parts = []
     if setup.offload_optimizer:
         states = 12 if width == 2 else 8
-        parts.append(
-            part("master copy and moments", f"{states} × part", states * share, "ZeRO-Offload, Ren et al. 2021")
-        )
         if setup.zero_stage >= 3:
+            parts.append(part("master copy and moments", f"{states} × part", states * share, ZERO_OFFLOAD))
             parts += _stage_3_gradients(setup, share)
         else:
+            parts += _stage_2_weights(setup, share)
+            parts.append(part("Adam moments", "8 × part", 8 * share, ZERO_OFFLOAD))
             parts.append(part("fp32 gradients", "p2(4 × part)", pinned(setup, 4 * share), STAGE_2))
             if setup.accumulates:
                 pool = PINNED_POOL if setup.pin_memory else 1.0
                 parts.append(part("accumulated gradients", f"{2 * pool:g} × part", 2 * pool * share, STAGE_2))
     if setup.offload_param and setup.zero_stage >= 3:
         parts += _offloaded_weights(setup, share)
+    return parts
+
+
+def _stage_2_weights(setup: Setup, share: float) -> list[Component]:
+    """The fp32 master copy, and since 0.17 the half-precision weights on their way to the GPU."""
+    version = deepspeed_version(setup)
+    parts = []
+    if weight_bytes(setup) == 2:
+        pins = version >= PINS_THE_MASTER_COPY
+        size = power_of_two(4 * share) if pins else 4 * share
+        parts.append(part("master copy", "p2(4 × part)" if pins else "4 × part", size, STAGE_2))
+    if version >= KEEPS_HALF_WEIGHTS:
+        width = weight_bytes(setup)
+        parts.append(
+            part("weights to be sent", f"p2({width} × part)", pinned(setup, width * share), STAGE_2 + ", since 0.17")
+        )
     return parts
 
 

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 from cpm_cluster.planner.setup import Engine, Kind, Recompute, Setup, Shape
 from cpm_cluster.specs.image import Image
-from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.specs.job import TRAINING_TASKS, JobSpec
 from cpm_cluster.specs.model import Model
+from cpm_cluster.specs.workload import Workload
 
 GB = 10**9
+CPU = "cpu"  # in place of a GPU's name
+TRAINING_ENGINES: dict[str, Engine] = {"bmtrain": "bmtrain", "deepspeed": "deepspeed", "fsdp": "fsdp", "ddp": "ddp"}
 FLASH_ATTENTION_2_SM = 80  # flash-attn 2 needs Ampere
 FUSED_ATTENTION_TORCH = (2, 0)  # scaled_dot_product_attention
 # Names of the adapted layers by their role; w_0 is the gate (training/model.py), and the only way up without one.
@@ -26,18 +29,20 @@ ADAPTED = {
 
 
 def job_setup(spec: JobSpec) -> Setup | None:
-    """None where nothing is known of what computes: engine command, or no model."""
-    if spec.engine == "command" or spec.model is None:
+    """None where nothing is known of what computes: engine command without a workload, or no model."""
+    if spec.model is None:
         return None
+    if spec.engine == "command":
+        return _described(spec, spec.model, spec.workload) if spec.workload else None
     training, resources = spec.training, spec.resources
     engine, stage = _engine(spec)
-    return Setup(
+    setup = Setup(
         shape=shape_of(spec.model),
         mode="lora" if spec.method else "full",
         lora_rank=spec.method.rank if spec.method else 0,
         lora_targets=tuple(_targets(spec)),
         engine=engine,
-        engine_version=_version(spec),
+        engine_version=_version(spec, spec.engine),
         zero_stage=stage,
         offload_optimizer=training.offload_optimizer,
         offload_param=False,  # no engine of ours does it
@@ -57,6 +62,44 @@ def job_setup(spec: JobSpec) -> Setup | None:
         recompute=_recompute(spec),
         flash_attention=_is_fused(spec),
         dp=resources.world_size,
+        nodes=resources.nodes,
+        gpu=gpu_name(spec),
+        gpu_memory_mib=spec.gpu.memory_mib if spec.gpu and resources.gpus_per_node else 0,
+        host_memory_gb=(host_capacity(spec) or 0) / GB,
+        metric="nvml",
+    )
+    if spec.task in TRAINING_TASKS:
+        return setup
+    rows = spec.generation.batch if spec.generation else training.micro_batch
+    return replace(setup, mode="infer", micro_batch=rows, grad_accum=1, recompute="none")
+
+
+def _described(spec: JobSpec, model: Model, work: Workload) -> Setup:
+    """A program of its own, as the job describes it; what it doesn't say is as in jobs of ours."""
+    resources, trains = spec.resources, work.mode == "train"
+    engine: Engine = TRAINING_ENGINES.get(work.engine, "none")
+    stage = 0 if engine in ("none", "ddp") else work.zero_stage
+    return Setup(
+        shape=shape_of(model),
+        mode="infer" if not trains else "lora" if spec.method else "full",
+        lora_rank=spec.method.rank if spec.method and trains else 0,
+        lora_targets=tuple(_targets(spec)) if trains else (),
+        engine=engine,
+        engine_version=_version(spec, work.engine),
+        zero_stage=stage,
+        offload_optimizer=work.offload_optimizer,
+        offload_param=work.offload_param,
+        pin_memory=engine == "bmtrain",
+        zero_init=engine == "bmtrain",  # of others it is not known: the larger need counts
+        overlap_comm=engine == "deepspeed" and stage == 3,
+        precision=work.precision,
+        micro_batch=work.micro_batch,
+        grad_accum=work.grad_accum,
+        seq_len=work.seq_len,
+        recompute="full" if engine == "bmtrain" and _always_recomputes(spec) else _recompute_named(work.recompute),
+        flash_attention=work.flash_attention,
+        tp=1 if trains else resources.world_size,  # LibCPM splits each matrix over its GPUs
+        dp=resources.world_size if trains else 1,
         nodes=resources.nodes,
         gpu=gpu_name(spec),
         gpu_memory_mib=spec.gpu.memory_mib if spec.gpu and resources.gpus_per_node else 0,
@@ -87,8 +130,8 @@ def shape_of(model: Model) -> Shape:
 
 
 def gpu_name(spec: JobSpec) -> str:
-    """In gpus.yaml; empty without GPUs, and where neither the job nor its cluster says which."""
-    return (spec.resources.gpu or spec.cluster.gpu or "") if spec.resources.gpus_per_node else ""
+    """In gpus.yaml; `cpu` without GPUs; empty where neither the job nor its cluster says which."""
+    return (spec.resources.gpu or spec.cluster.gpu or "") if spec.resources.gpus_per_node else CPU
 
 
 def host_capacity(spec: JobSpec) -> int | None:
@@ -120,17 +163,25 @@ def _targets(spec: JobSpec) -> Iterator[str]:
             yield "up"
 
 
-def _version(spec: JobSpec) -> str:
+def _version(spec: JobSpec, engine: str) -> str:
     """`0.2.3.post2 torch 1.13.1`: as far as the image says."""
     image = spec.image or Image(tag="none")
-    own = {"bmtrain": image.bmtrain, "deepspeed": image.deepspeed}.get(spec.engine)
+    own = {"bmtrain": image.bmtrain, "deepspeed": image.deepspeed}.get(engine)
     return " ".join(filter(None, (own, f"torch {image.torch}" if image.torch else None)))
 
 
 def _recompute(spec: JobSpec) -> Recompute:
-    """BMTrain before 1.0 has no blocks but CheckpointBlock, which always recomputes."""
-    always = spec.engine == "bmtrain" and spec.image is not None and (spec.image.bmtrain or "1").startswith("0.")
-    return "full" if always or spec.training.recompute == "full" else "none"
+    always = spec.engine == "bmtrain" and _always_recomputes(spec)
+    return "full" if always else _recompute_named(spec.training.recompute)
+
+
+def _always_recomputes(spec: JobSpec) -> bool:
+    """BMTrain before 1.0 has no blocks but CheckpointBlock."""
+    return spec.image is not None and (spec.image.bmtrain or "1").startswith("0.")
+
+
+def _recompute_named(word: str) -> Recompute:
+    return "full" if word == "full" else "none"
 
 
 def _is_fused(spec: JobSpec) -> bool:

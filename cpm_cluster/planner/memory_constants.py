@@ -13,32 +13,32 @@ class MemoryConstants:
     """None belongs to a model or a row."""
 
     # MiB of a process outside torch's allocator: CUDA context, kernels, cuBLAS handles.
-    context: float = 950.0
+    context: float = 880.0
     # MiB of one NCCL communicator within a node, and across nodes: channels and buffers for each peer.
-    communicator: float = 350.0
-    communicator_across_nodes: float = 780.0
+    communicator: float = 300.0
+    communicator_across_nodes: float = 660.0
     # What eager torch keeps of a block beyond the tensors that are counted one by one.
-    block: float = 1.165
+    block: float = 1.18
     # The same for models written for FSDP: one kernel for a norm, no dropout.
     plain_block: float = 1.0
     # The same where torch.compile fuses and recomputes elementwise operations.
-    compiled_block: float = 0.75
+    compiled_block: float = 0.7
     # Copies of its inputs that a quantised linear layer keeps (bitsandbytes' MatMul4Bit, casts to the compute dtype).
-    quantised_inputs: float = 1.5
+    quantised_inputs: float = 1.0
     # Bytes for each logit at the start of the backward pass.
-    logits_half: float = 6.2  # half precision throughout: logits, shifted copy, log-softmax or gradient
-    logits_upcast: float = 17.0  # half, fp32 copy, shifted copy, log-softmax, gradient: where a model's code upcasts
-    logits_autocast: float = 13.5  # the loss in fp32: 2 + 2 + 4 + 4
-    logits_metrics: float = 23.5  # and the trainer keeps an fp32 copy for metrics
-    logits_sharded: float = 15.0  # FSDP programs: logits, fp32 copy, log-softmax, gradient
-    logits_megatron: float = 11.0  # half logits, fp32 copy, exponentials, half gradient; over tensor ranks
-    logits_fused: float = 6.0  # in pieces: logits and their gradient in half
+    logits_half: float = 6.0  # half precision throughout: logits, shifted copy, log-softmax or gradient
+    logits_upcast: float = 18.0  # half, fp32 copy, shifted copy, log-softmax, gradient: where a model's code upcasts
+    logits_autocast: float = 13.2  # the loss in fp32: 2 + 2 + 4 + 4
+    logits_metrics: float = 22.7  # and the trainer keeps an fp32 copy for metrics
+    logits_sharded: float = 15.4  # FSDP programs: logits, fp32 copy, log-softmax, gradient
+    logits_megatron: float = 12.0  # half logits, fp32 copy, exponentials, half gradient; over tensor ranks
+    logits_fused: float = 6.4  # in pieces: logits and their gradient in half
     # Reserved but not allocated, as a part of what comes and goes within a step.
-    fragmentation: float = 0.04
+    fragmentation: float = 0.05
     # The same for logits where lengths differ from step to step, at the usual length.
-    ragged: float = 1.07
+    ragged: float = 1.15
     # The same with the pipeline's many equal blocks of Megatron.
-    pipeline_fragmentation: float = 0.4
+    pipeline_fragmentation: float = 0.37
 
 
 CONSTANTS = MemoryConstants()

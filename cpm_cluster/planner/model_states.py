@@ -6,8 +6,10 @@ state, V vocabulary, h hidden. Sources are files of the engine's repository, or 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.setup import Setup
@@ -19,6 +21,8 @@ ADAM = "Adam, Kingma and Ba 2015"
 DEEPSPEED_ENGINE = "deepspeed/runtime/engine.py, _configure_distributed_model"
 STAGE_2 = "deepspeed/runtime/zero/stage_1_and_2.py"
 STAGE_3 = "deepspeed/runtime/zero/stage3.py"
+BLOCKS = "bmtrain/block_layer.py"
+BLOCK_CONTEXT = "bmtrain/zero_context.py"
 FSDP_REDUCES = "torch/distributed/fsdp/_runtime_utils.py"
 # Defaults of deepspeed/runtime/zero/config.py, elements.
 DEEPSPEED_BUCKET = 500_000_000  # reduce_bucket_size
@@ -48,6 +52,7 @@ class States:
     stepping: tuple[Component, ...] = ()  # in the optimizer step
     flat_in_step: tuple[Component, ...] = ()  # in the step; too large for what the allocator's cache has free
     staging: tuple[Component, ...] = ()  # while the engine is built, before anything else
+    in_head: tuple[Component, ...] = ()  # at the end of the forward pass, where the head begins its backward pass
 
 
 def model_states(setup: Setup, stage: Stage) -> States:
@@ -82,14 +87,18 @@ def _frozen(setup: Setup, share: float, ranks: int = 1) -> list[Component]:
     if quantises_the_head(setup):
         linear += shape.embedding_parameters
     rest = shape.parameters - linear
-    # peft's prepare_model_for_kbit_training casts what stays unquantised to fp32 (not with GPTQ: assumed there).
-    wide = 2 if setup.engine_version.startswith("litgpt") or setup.mode == "infer" else 4
+    wide = 4 if widens_embeddings(setup) else 2
     return [
         part(
             f"{setup.precision} weights", f"{width:.3f} linear" + over(ranks), width * linear * share / ranks, "QLoRA"
         ),
         part("embeddings and norms", f"{wide} × the rest" + over(ranks), wide * rest * share / ranks, DTYPE),
     ]
+
+
+def widens_embeddings(setup: Setup) -> bool:
+    """peft's prepare_model_for_kbit_training casts what stays unquantised to fp32 (not with GPTQ: assumed there)."""
+    return setup.quantised and setup.mode != "infer" and not setup.engine_version.startswith("litgpt")
 
 
 def quantises_the_head(setup: Setup) -> bool:
@@ -180,12 +189,46 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
         group = min(trained / states_over, SUB_GROUP) if level >= 3 else trained / states_over
         source = STAGE_3 if level >= 3 else STAGE_2
         flat.append(part("fp32 gradients", "4T" + over(states_over), 4 * group, source))
+    if on_host and width == 2 and 1 <= level <= 2 and returns_wide_weights(setup):
+        flat.append(part("updated weights in fp32", "4T" + over(n), 4 * trained / n, STAGE_2 + " of 0.14.1 to 0.16"))
     computing = _gathered(setup, width, n) if level >= 3 else []
     reducing = [_largest_gradient(setup, width)] if level == 2 and not setup.trains_adapters else []
     staging = []
     if level >= 3 and not setup.zero_init:
         staging.append(part("the whole model", f"{width}N", width * stage.parameters, DEEPSPEED_ENGINE))
     return States(tuple(at_rest), tuple(gradients), tuple(computing), tuple(reducing), (), tuple(flat), tuple(staging))
+
+
+def step_beyond(setup: Setup, stage: Stage) -> int:
+    """Bytes that DeepSpeed's step may take on top: a configuration without an optimizer leaves AdamW to torch.
+
+    It takes the square roots of a whole part at once (torch/optim/adamw.py; LLaMA-Factory#1221 died of it).
+    """
+    if setup.engine != "deepspeed" or setup.offload_optimizer or "transformers" not in setup.engine_version:
+        return 0
+    trained = _trained(setup, stage) / (setup.shards if setup.zero_stage else 1)
+    return round(4 * min(trained, SUB_GROUP if setup.zero_stage >= 3 else trained))
+
+
+def deepspeed_version(setup: Setup) -> tuple[int, ...]:
+    """(0, 14, 1); empty where nothing says."""
+    return _deepspeed_version(setup.engine_version)
+
+
+@lru_cache
+def _deepspeed_version(software: str) -> tuple[int, ...]:
+    stated = re.search(r"(?:^|deepspeed )(\d+)\.(\d+)(?:\.(\d+))?", software)
+    return tuple(int(number or 0) for number in stated.groups()) if stated else ()
+
+
+def returns_wide_weights(setup: Setup) -> bool:
+    """Whether stages 1 and 2 bring offloaded master weights to the GPU before they are cast.
+
+    `fp32_partition.to(device)` in stage_1_and_2.py, step, from 0.14.1 on; a half-precision buffer of the host does it
+    since 0.17.0. Of an unknown version it is assumed.
+    """
+    version = deepspeed_version(setup)
+    return not version or (0, 14, 1) <= version < (0, 17, 0)
 
 
 def largest_matrix(setup: Setup) -> int:
@@ -251,9 +294,10 @@ def _fsdp(setup: Setup, stage: Stage) -> States:
     gradients = (part("gradients", f"{width}T" + over(n), width * trained / n, ZERO),)
     unit = QUANTISED_BYTES.get(setup.precision, 2) * shape.parameters_per_layer / setup.tp
     computing = [part("gathered blocks", "2 × block", 2 * unit, "torch/distributed/fsdp, BACKWARD_PRE")]
-    if not setup.trains_adapters:
+    if setup.zero_init:  # else they are counted with the unsharded weights
         root = 2 * shape.vocabulary_matrices * shape.embedding_parameters / setup.tp
         computing.append(part("gathered embeddings", "2Vh for each", root, "torch/distributed/fsdp, root"))
+    if not setup.trains_adapters:
         computing.append(
             part("gradients of a block", "2 × block", 2 * shape.parameters_per_layer / setup.tp, FSDP_REDUCES)
         )
@@ -292,34 +336,49 @@ FITTED_PARTS = "fitted: half gradients and weights of the part, as they are redu
 
 
 def _bmtrain(setup: Setup, stage: Stage) -> States:
-    """All sharded at rest in both stages; a block at a time is gathered, embeddings whole.
+    """All sharded at rest in both stages; blocks are gathered one after another, the head's matrix on its own.
 
-    Weights that are frozen once their block is made have storage for gradients, too. Stage 2 keeps gathered weights to
-    the backward pass. Before 1.0 the code of zero_context.py is in block_layer.py.
+    Gradients are there from the second step on: zero_grad keeps them (optim_manager.py), and those of a block belong to
+    its storage, also where its weights were frozen once it was made. Before 1.0 the code of zero_context.py is in
+    block_layer.py.
     """
     n, shape = setup.shards, setup.shape
     width, trained, whole = weight_bytes(setup), _trained(setup, stage), stage.parameters
-    at_rest = [part("weights", f"{width}N" + over(n), width * whole / n, "bmtrain/block_layer.py")]
-    at_rest.append(part("gradients", f"{width}N" + over(n), width * whole / n, "bmtrain/zero_context.py"))
+    frozen_vocabulary = setup.trains_adapters and not setup.fully_trained_vocabulary
+    at_rest = [part("weights", f"{width}N" + over(n), width * whole / n, BLOCKS)]
+    outside = shape.vocabulary_matrices * shape.embedding_parameters if frozen_vocabulary else 0
+    stored, what = (whole - outside, "(N - vocabulary)") if outside else (whole, "N")
+    at_rest.append(part("gradients", f"{width}{what}" + over(n), width * stored / n, BLOCK_CONTEXT))
     if not setup.offload_optimizer:
         moments = 6 if setup.precision.startswith("fp16") else 8  # fp16: the first moment in half
         states = moments + (4 if width == 2 else 0)
         at_rest.append(
             part("master copy and moments", f"{states}T" + over(n), states * trained / n, "bmtrain/optim/adam.py")
         )
-    prefetched = 2 if setup.overlap_comm else 1
-    block = 2 * width * shape.parameters_per_layer * prefetched
-    embeddings = 2 * width * shape.vocabulary_matrices * shape.embedding_parameters
-    computing = [
-        part("gathered block, its gradients", f"{2 * width} × block", block, "bmtrain/zero_context.py"),
-        part("gathered embeddings, their gradients", f"{2 * width}Vh", embeddings, "bmtrain/parameter.py"),
-    ]
+    each = width if frozen_vocabulary else 2 * width
+    head = part(
+        "the head, gathered" if frozen_vocabulary else "the head, gathered, and its gradient",
+        f"{each}Vh",
+        each * shape.embedding_parameters,
+        "bmtrain/parameter.py, OpAllGather",
+    )
+    computing, reducing = _bmtrain_blocks(setup, width)
+    return States(tuple(at_rest), in_head=(head,), computing=computing, reducing=reducing)
+
+
+def _bmtrain_blocks(setup: Setup, width: int) -> tuple[tuple[Component, ...], tuple[Component, ...]]:
+    """(in both passes, in the backward pass on top).
+
+    The next block is gathered while the GPU still computes the one before; in the backward pass it is entered, with its
+    gradients, before the one before is released (release_next_module; before 1.0 exit_prev). Stage 2 keeps gathered
+    weights to the backward pass.
+    """
+    block = width * setup.shape.parameters_per_layer
+    gradients = part("gradients of two blocks", f"2 × {width} × block", 2 * block, BLOCK_CONTEXT)
     if setup.zero_stage == 2:
-        kept = width * shape.layers * shape.parameters_per_layer
-        computing.append(
-            part("weights kept to the backward pass", f"{width} × blocks", kept, "bmtrain/zero_context.py")
-        )
-    return States(tuple(at_rest), computing=tuple(computing))
+        kept = setup.shape.layers * block
+        return (part("weights kept to the backward pass", f"{width} × blocks", kept, BLOCK_CONTEXT),), (gradients,)
+    return (part("two gathered blocks", f"2 × {width} × block", 2 * block, BLOCK_CONTEXT),), (gradients,)
 
 
 ENGINES: dict[str, Callable[[Setup, Stage], States]] = {

@@ -17,17 +17,24 @@ KNOWN = {
     "recompute": ("", "none", "selective", "full"),
     "outcome": ("", "ok", "oom_gpu", "oom_host"),
     "precision": ("", "fp32", *HALF, *QUANTISED),
+    "arch_kind": ("", "decoder", "glm", "t5", "bert"),
+    "memory_metric": ("", "nvml", "reserved", "allocated", "unknown"),
 }
 ADAPTED = ("q", "k", "v", "o", "qkv", "gate", "up", "down", "lm_head", "embed_full", "head_full")
-# Smallest and largest of what is a count; an empty cell is not stated.
-COUNTS = {
+# Smallest and largest of each number; an empty cell is not stated.
+RANGES = {
     **dict.fromkeys(("hidden", "layers", "heads", "kv_heads", "ffn", "vocab"), (1, 10_000_000)),
     **dict.fromkeys(("micro_batch", "grad_accum", "tp", "pp", "dp", "n_gpus", "n_nodes"), (1, 1 << 20)),
     "seq_len": (1, 1 << 24),
     "zero_stage": (0, 3),
     "lora_rank": (0, 100_000),
+    "params_b": (1e-6, 1_000_000),
+    **dict.fromkeys(("trainable_params", "bucket_elems", "max_live_params", "tokens_per_s_per_gpu"), (0, 10**15)),
+    **dict.fromkeys(("gpu_mem_gb", "host_mem_gb", "gpu_mem_mb"), (0, 10**8)),
+    "mfu": (0, 1),
 }
-NEEDED = ("hidden", "layers", "heads", "ffn", "vocab", "seq_len")
+FLAGS = """gated_mlp tied_embeddings offload_optimizer offload_param pin_memory zero_init overlap_comm flash_attn
+gpu_censored use_gpu use_fit use_host use_time""".split()
 
 
 def read_table(path: Path) -> tuple[list[Row], list[str]]:
@@ -53,8 +60,6 @@ def read_table(path: Path) -> tuple[list[Row], list[str]]:
             raise RowError(f"{path}:1: there is no column {error.args[0]}") from None
         except (UnicodeDecodeError, csv.Error) as error:
             raise RowError(f"{path}: is no table: {error}") from None
-        except ValueError as error:
-            raise RowError(f"{path}:{reader.line_num}: {error}") from None
     return rows, wrong
 
 
@@ -66,18 +71,28 @@ def findings(cells: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name in filter(None, cells["lora_targets"].split("+")):
         if name not in ADAPTED:
             yield "lora_targets", f"{name[:40]!r} is none of {', '.join(ADAPTED)}"
+    for column in FLAGS:
+        if cells[column] and _number(cells[column]) not in (0, 1):
+            yield column, f"{cells[column][:40]!r} is neither 0 nor 1"
     numbers: dict[str, float] = {}
-    for column, (least, most) in COUNTS.items():
+    for column, (least, most) in RANGES.items():
         text = cells[column]
-        if not text and column in NEEDED:
-            yield column, "is not stated"
+        number = _number(text)
+        if number is not None and least <= number <= most:
+            numbers[column] = number
         elif text:
-            number = _number(text)
-            if number is None or not least <= number <= most:
-                yield column, f"{text[:40]} is out of range; write a number from {least} to {most}"
-            else:
-                numbers[column] = number
+            yield column, f"{text[:40]} is out of range; write a number from {least:g} to {most:g}"
+    yield from _needed(cells)
     yield from _together(numbers, cells.get("note", ""))
+
+
+def _needed(cells: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The rest of a shape can be supposed from the number of parameters; the length of a sample cannot."""
+    for column in ("hidden", "layers"):
+        if not cells[column] and not cells["params_b"]:
+            yield column, "is not stated, nor is params_b"
+    if not cells["seq_len"]:
+        yield "seq_len", "is not stated"
 
 
 def _together(numbers: Mapping[str, float], note: str) -> Iterator[tuple[str, str]]:
@@ -87,10 +102,13 @@ def _together(numbers: Mapping[str, float], note: str) -> Iterator[tuple[str, st
     if heads and kv_heads and heads % kv_heads:
         yield "kv_heads", f"{kv_heads:g} key/value heads do not divide {heads:g} heads"
     gpus = numbers.get("n_gpus")
-    ways = [numbers.get(column, 1.0) for column in ("tp", "pp", "dp")]
-    product = math.prod(ways)
-    if gpus and gpus != product and not (gpus % product == 0 and re.search(r"context[- ]parallel|\bCP\b", note)):
+    product = math.prod(numbers.get(column, 1.0) for column in ("tp", "pp", "dp"))
+    left_open = "dp" not in numbers or re.search(r"context[- ]parallel|\bCP\b", note)  # dp is what remains
+    if gpus and gpus != product and not (gpus % product == 0 and left_open):
         yield "n_gpus", f"{gpus:g} GPUs, but tp × pp × dp is {product:g}"
+    layers = numbers.get("layers")
+    if layers and numbers.get("pp", 1) > layers:
+        yield "pp", f"{numbers['pp']:g} pipeline stages for {layers:g} layers"
     if gpus and numbers.get("n_nodes", 1) > gpus:
         yield "n_nodes", f"{numbers['n_nodes']:g} nodes with {gpus:g} GPUs"
 

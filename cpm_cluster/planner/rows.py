@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,15 +22,24 @@ CARDS: Mapping[tuple[str, int], tuple[str, int]] = {
     ("A100", 40): ("a100-40g", 40536),
     ("A100", 80): ("a100-80g", 81251),
     ("A800", 80): ("a800-80g", 81251),
+    ("P40", 24): ("p40-24g", 22919),
+    ("RTX2080Ti", 11): ("rtx2080ti-11g", 11019),
     ("RTX3090", 24): ("rtx3090-24g", 24268),
     ("RTX4090", 24): ("rtx4090-24g", 24564),
     ("A6000", 48): ("rtxa6000-48g", 49140),
     ("A10G", 24): ("a10g-24g", 23028),
+    ("L40S", 48): ("l40s-48g", 46068),
+    ("H20", 96): ("h20-96g", 97871),
     ("H100", 80): ("h100-80g", 81559),
     ("H100", 96): ("h100-96g", 97871),
+    ("H800", 80): ("h800-80g", 81559),
     ("H200", 141): ("h200-141g", 143771),
 }
-MIB_PER_NOMINAL_GB = 1000  # where the card is not in the table: a little below what NVML says of any
+# Where the card is not in the table: below what NVML says of any. The least is the T4's, 15109 of 16 GB with ECC on.
+MIB_PER_NOMINAL_GB = 940
+USUAL_ASPECT = 128  # hidden / layers, where a row states the number of parameters alone (GPT-3, Brown et al. 2020)
+USUAL_HEAD = 128
+USUAL_VOCABULARY = 32000
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ def read_rows(path: Path) -> list[Row]:
         RowError: for a missing column, or a value that is not of its column's type.
         OSError: where the file cannot be read.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows = []
         for record in reader:
@@ -134,20 +144,31 @@ class _Cells:
 
 
 def _shape(cells: _Cells) -> Shape:
-    heads = cells.whole("heads", 1)
+    parameters = round((cells.number("params_b") or 0) * 1e9)
+    hidden, layers = _size(parameters, cells.whole("hidden"), cells.whole("layers"))
+    heads = cells.whole("heads") or max(1, round(hidden / USUAL_HEAD))
+    gated = cells.flag("gated_mlp")
     return Shape(
-        hidden=cells.whole("hidden", 1),
-        layers=cells.whole("layers", 1),
+        hidden=hidden,
+        layers=layers,
         heads=heads,
-        kv_heads=cells.whole("kv_heads", heads),
-        ffn=cells.whole("ffn", 1),
-        vocab=cells.whole("vocab", 1),
-        gated_mlp=cells.flag("gated_mlp"),
+        kv_heads=cells.whole("kv_heads") or heads,
+        ffn=cells.whole("ffn") or (8 * hidden // 3 if gated else 4 * hidden),
+        vocab=cells.whole("vocab") or USUAL_VOCABULARY,
+        gated_mlp=gated,
         tied_embeddings=cells.flag("tied_embeddings"),
         kind=cast(Kind, cells.text("arch_kind") or "decoder"),
         head_dim=_stated(r"head size (\d+)", cells.text("note"), 0),
-        parameters_stated=round((cells.number("params_b") or 0) * 1e9),
+        parameters_stated=parameters,
     )
+
+
+def _size(parameters: int, hidden: int, layers: int) -> tuple[int, int]:
+    """(hidden, layers); what a row doesn't state follows from 12 layers × hidden² parameters and the usual aspect."""
+    if not hidden and not layers:
+        layers = max(1, round((parameters / (12 * USUAL_ASPECT**2)) ** (1 / 3)))
+    hidden = hidden or max(1, round(math.sqrt(parameters / (12 * layers))))
+    return hidden, layers or max(1, round(parameters / (12 * hidden**2)))
 
 
 def _setup(cells: _Cells) -> Setup:
@@ -155,7 +176,8 @@ def _setup(cells: _Cells) -> Setup:
     oom_host = cells.text("outcome") == "oom_host"
     nominal_gb = cells.whole("gpu_mem_gb")
     gpu, memory_mib = CARDS.get((cells.text("gpu"), nominal_gb), ("", nominal_gb * MIB_PER_NOMINAL_GB))
-    tp, pp, dp = (cells.whole(column, 1) for column in ("tp", "pp", "dp"))
+    gpus, tp, pp = (cells.whole(column, 1) for column in ("n_gpus", "tp", "pp"))
+    dp = cells.whole("dp") or max(1, gpus // (tp * pp))
     return Setup(
         shape=_shape(cells),
         mode=cast(Mode, cells.text("mode")),
@@ -188,8 +210,8 @@ def _setup(cells: _Cells) -> Setup:
         tp=tp,
         pp=pp,
         dp=dp,
-        context_parallel=_context_parallel(note, cells.whole("n_gpus", 1), tp * pp * dp),
-        virtual_stages=_stated(r"interleaved pipeline, (\d+) chunks", note, 1),
+        context_parallel=_context_parallel(note, gpus, tp * pp * dp),
+        virtual_stages=max(1, _stated(r"interleaved pipeline, (\d+) chunks", note, 1)),
         embeddings_count_as_layers="embeddings count as layers" in note,
         shard_within_node="HSDP" in note,
         nodes=cells.whole("n_nodes", 1),

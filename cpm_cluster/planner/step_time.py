@@ -60,7 +60,7 @@ class StepTime:
     tokens: int  # of a step, over all GPUs
     model_flops_per_token: float
     masked_flops_per_token: float  # of these, what a causal mask makes needless
-    peak_flops: float  # of one GPU, 16 bits, dense
+    peak_flops: float  # of one GPU, 16 bits, dense; 0: not known, of CPUs
     mfu_limit: float  # in units of that peak
 
     @property
@@ -87,13 +87,17 @@ class StepTime:
         return self.tokens / self.seconds * 86_400
 
     @property
-    def mfu(self) -> float:
-        """Model FLOPs, nothing recomputed counted, over the dense 16-bit peak."""
+    def mfu(self) -> float | None:
+        """Model FLOPs, nothing recomputed counted, over the dense 16-bit peak; None where that is not known."""
+        if not self.peak_flops:
+            return None
         return self.tokens_per_second_per_gpu * self.model_flops_per_token / self.peak_flops
 
     @property
     def credible(self) -> bool:
         """Whether the MFU is one that has been seen anywhere, the masked half of attention not counted."""
+        if not self.peak_flops:
+            return True
         unmasked = self.model_flops_per_token - self.masked_flops_per_token
         return self.tokens_per_second_per_gpu * unmasked / self.peak_flops <= self.mfu_limit
 

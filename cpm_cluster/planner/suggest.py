@@ -87,7 +87,7 @@ def suggest(
     Raises:
         NoSuggestion: no engine of ours computes it, its GPU is not known, or no placement has so many GPUs.
     """
-    if job_setup(spec) is None or spec.gpu is None or not spec.resources.gpus_per_node:
+    if spec.engine == "command" or job_setup(spec) is None or spec.gpu is None or not spec.resources.gpus_per_node:
         raise NoSuggestion("nothing can be suggested for a job without a model, an engine of ours and a known GPU")
     places = list(_placements(spec, gpus))
     if not places:

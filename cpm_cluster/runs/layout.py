@@ -88,6 +88,11 @@ class RunLayout:
         return self.root / "outcome.json"
 
     @property
+    def heartbeats(self) -> Path:
+        """A file for each rank of our trainer: what it does, and since when."""
+        return self.root / "heartbeats"
+
+    @property
     def errors(self) -> Path:
         """A file for each rank that failed."""
         return self.root / "errors"

@@ -13,6 +13,7 @@ from cpm_cluster.specs.job import TRAINING_TASKS, Data, JobSpec
 from cpm_cluster.specs.nodes import ListNode, MapNode, Node
 from cpm_cluster.specs.problems import Location, Problem, did_you_mean, listed, quoted
 from cpm_cluster.specs.values import format_duration, format_size
+from cpm_cluster.specs.workload import INFERENCE_ENGINES, QUANTISED, TRAINING_ENGINES
 
 HIDDEN_BY_MOUNTS = frozenset(
     "/ /bin /boot /dev /dev/shm /etc /lib /lib32 /lib64 /opt /proc /run /sbin /sys /usr /usr/bin /usr/lib /var".split()
@@ -97,6 +98,29 @@ def _command(spec: JobSpec) -> Iterator[Finding]:
         yield "command", f"belongs to engine command, not to {spec.engine}; remove it, or write engine: command"
 
 
+@_reads("engine", "model", "workload", "resources")
+def _workload(spec: JobSpec) -> Iterator[Finding]:
+    work = spec.workload
+    if work is None:
+        return
+    if spec.engine != "command":
+        yield "workload", f"belongs to engine command; of {spec.engine} the keys of the job itself tell: remove it"
+        return
+    if spec.model is None:
+        yield "model", "is missing: workload needs an architecture, a name in configs/models"
+    engines = TRAINING_ENGINES if work.mode == "train" else INFERENCE_ENGINES
+    if work.engine not in engines:
+        yield "workload.engine", f"{work.engine} does not {work.mode}; write {listed(engines)}"
+    if work.mode == "train" and work.precision in QUANTISED:
+        yield "workload.precision", f"{work.precision} is for inference; write fp32, bf16 or fp16"
+    if work.engine == "bmtrain" and work.zero_stage < 2:
+        yield "workload.zero_stage", f"{work.zero_stage} is not a stage of BMTrain; write 2 or 3"
+    if work.engine == "ddp" and (work.offload_optimizer or "workload.zero_stage" in spec.origins):
+        yield "workload.engine", "ddp shards and offloads nothing; remove zero_stage and offload, or name another"
+    if work.offload_param and work.engine not in ("deepspeed", "fsdp"):
+        yield "workload.offload_param", f"{work.engine} keeps its weights on the GPU; remove it"
+
+
 @_reads("engine", "model")
 def _model_named(spec: JobSpec) -> Iterator[Finding]:
     if spec.engine != "command" and spec.model is None:
@@ -122,7 +146,7 @@ def _data_named(spec: JobSpec) -> Iterator[Finding]:
         )
 
 
-@_reads("engine", "task", "data", "evaluation", "generation", "init_from")
+@_reads("engine", "task", "data", "evaluation", "generation", "init_from", "method")
 def _task(spec: JobSpec) -> Iterator[Finding]:
     if spec.engine == "command":
         return
@@ -134,6 +158,14 @@ def _task(spec: JobSpec) -> Iterator[Finding]:
         yield "generation", f"belongs to task generate, not to {spec.task}; remove it, or write task: generate"
     if spec.task not in TRAINING_TASKS and spec.init_from is None:
         yield "init_from", f"is missing: task {spec.task} needs trained weights"
+    if spec.task not in TRAINING_TASKS and spec.engine != "torch":
+        yield "engine", f"{spec.engine} trains; for task {spec.task} write torch"
+    if spec.task not in TRAINING_TASKS and spec.method is not None:
+        yield (
+            "method",
+            f"lora is for training; for task {spec.task} fold the updates into the weights first (cpm export --merge),"
+            " and name the result in init_from",
+        )
 
 
 @_reads("resources", "cluster")

@@ -261,11 +261,12 @@ class _Composition:
         if name == "bytes":
             return name
         found = self.catalogue.find("tokenizers", name)
-        if found is None and "/" not in name and not name.endswith(".txt"):
+        if found is None and "/" not in name and not name.endswith((".txt", ".json")):
             known = ["bytes", *self.catalogue.names("tokenizers")]
             hint = did_you_mean(name, known)
             what = (
-                f"{quoted(name)} is not in configs/tokenizers{hint}; write {listed(known)}, or the path of a vocab.txt"
+                f"{quoted(name)} is not in configs/tokenizers{hint}; write {listed(known)},"
+                " or the path of a vocab.txt, of a tokenizer.json or of ./a_folder with one"
             )
             self.reading.refuse(tree.entries["tokenizer"].where, "tokenizer", what)
         return str(found or self._absolute(name))

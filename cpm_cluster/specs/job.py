@@ -26,6 +26,7 @@ from cpm_cluster.specs.model import LORA_TARGETS, Model
 from cpm_cluster.specs.nodes import MapNode, Node, ScalarNode, kind
 from cpm_cluster.specs.problems import Location
 from cpm_cluster.specs.profile import Resources
+from cpm_cluster.specs.workload import Workload
 
 ENGINES = ("bmtrain", "torch", "deepspeed", "command")
 TASKS = ("pretrain", "finetune", "evaluate", "generate")
@@ -282,6 +283,9 @@ class JobSpec:
         ),
         "engine command: program and arguments, a list, never a shell line",
         (),
+    )
+    workload: Workload | None = key(
+        Section(Workload), "engine command: what the program computes, for the planner; left out: not judged", None
     )
     task: str = key(
         Choice(TASKS),

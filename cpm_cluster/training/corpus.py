@@ -1,16 +1,27 @@
-"""Training text: rows of ``{"input", "output"}`` from jsonl files or a corpus that ships with Python."""
+"""Training text: rows of ``{"input", "output"}`` from jsonl files or a corpus that ships with Python.
+
+Sources are read in parts of some megabytes, each on its own, so that ranks share the work and a row is never
+farther away than its part.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, Literal, NamedTuple, Sequence
+from typing import Iterable, Iterator, Literal, NamedTuple, Protocol, Sequence, Union
 
 from cpm_cluster.training.errors import UserError
 
 PYTHON_REFERENCE = "builtin:python-reference"
-_PROBLEMS_SHOWN = 20
+PROBLEMS_SHOWN = 20
+PART_BYTES = 8 << 20
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
 # Long enough for connected prose, short enough for a row of 256 tokens of the shipped vocabulary.
 _PASSAGE_CHARACTERS = 640
 _FEWEST_WORDS = 5
@@ -25,37 +36,213 @@ class Row(NamedTuple):
     output: str
 
 
+# A row, or what is wrong with it.
+Read = Union[Row, str]
+
+
+class Part(Protocol):
+    """A piece of a source that is read in one go."""
+
+    @property
+    def file(self) -> str:
+        """What it is a part of; rows are counted over all parts of a file."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much there is to read, for progress."""
+
+    @property
+    def identity(self) -> str:
+        """Which bytes of what these are."""
+
+    @property
+    def changed_ns(self) -> int:
+        """When the file was changed, in nanoseconds."""
+
+    def read(self) -> Iterator[Read]:
+        """Yield each row, or what is wrong with it."""
+
+    def place(self, row: int, rows_before: int) -> str:
+        """Say where row ``row`` (from 1) of this part is; the parts of the file before it have ``rows_before``."""
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """The lines of a jsonl file that start in the bytes [begin, end)."""
+
+    file: str
+    begin: int
+    end: int
+    changed_ns: int
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Part`."""
+        return self.end - self.begin
+
+    @property
+    def identity(self) -> str:
+        """See :class:`Part`."""
+        return f"{self.file} {self.begin} {self.end}"
+
+    def read(self) -> Iterator[Read]:
+        """See :class:`Part`; a byte order mark and Windows line ends are passed over."""
+        try:
+            with open(self.file, "rb") as lines:
+                # The line that holds the byte before belongs to the part before, even if it ends here.
+                lines.seek(max(0, self.begin - 1))
+                position = self.begin - 1 + len(lines.readline()) if self.begin else 0
+                while position < self.end:
+                    line = lines.readline()
+                    if not line:
+                        yield "is missing: the file has become shorter"
+                        return
+                    yield parse_line(line[len(_BOM) :] if position == 0 and line.startswith(_BOM) else line)
+                    position += len(line)
+        except OSError as error:
+            yield f"cannot be read: {error.strerror}"
+
+    def place(self, row: int, rows_before: int) -> str:
+        """See :class:`Part`."""
+        return f"{self.file}:{rows_before + row}"
+
+
+@dataclass(frozen=True)
+class PythonReference:
+    """Passages of Python's own language reference (``pydoc_data.topics``).
+
+    A passage's hash decides its use: one in twenty is for evaluation, the others for training.
+    """
+
+    use: Use
+    file = PYTHON_REFERENCE
+    nbytes = 1 << 20
+    changed_ns = 0
+
+    @property
+    def identity(self) -> str:
+        """See :class:`Part`; each version of Python has another text."""
+        return f"{self.file} {self.use} {sys.version}"
+
+    def read(self) -> Iterator[Read]:
+        """See :class:`Part`."""
+        from pydoc_data.topics import topics
+
+        for passage in _passages(topics[name] for name in sorted(topics)):
+            held_out = hashlib.sha256(passage.encode("utf-8")).digest()[0] % 20 == 0
+            if held_out == (self.use == "eval"):
+                yield Row("", passage)
+
+    def place(self, row: int, rows_before: int) -> str:
+        """See :class:`Part`."""
+        return f"{self.file}: passage {row}"
+
+
+def list_parts(source: str, use: Use, problems: list[str]) -> list[Part]:
+    """Return the parts of a file, of all files that a pattern matches, or of the built-in corpus.
+
+    What cannot be read is noted in ``problems``.
+    """
+    if source == PYTHON_REFERENCE:
+        return [PythonReference(use)]
+    parts: list[Part] = []
+    before = len(problems)
+    for path in matching_files(source):
+        if path.is_dir():
+            problems.append(f"{path}: is a folder; write {path}/*.jsonl for the files in it")
+            continue
+        try:
+            parts.extend(_parts_of_file(path, problems))
+        except OSError as error:
+            problems.append(f"{path}: cannot be read: {error.strerror}")
+    if not parts and len(problems) == before:
+        problems.append(f"{source}: matches no file")
+    return parts
+
+
+def matching_files(source: str) -> list[Path]:
+    """Return the file of that name, else those that match it as a pattern (``**``: all folders below), sorted."""
+    if os.path.lexists(source) or not glob.has_magic(source):
+        return [Path(source)]
+    return [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+
+
 def read_rows(sources: Sequence[str], use: Use) -> list[Row]:
     """Return the rows of all sources in order.
 
     Raises UserError listing every problem as ``file:line: what`` (the first twenty, and how many more).
     """
-    rows: list[Row] = []
     problems: list[str] = []
+    rows: list[Row] = []
     for source in sources:
-        if source == PYTHON_REFERENCE:
-            rows.extend(python_reference(use))
-        else:
-            _read_file(Path(source), rows, problems)
+        rows_before: dict[str, int] = {}
+        for part in list_parts(source, use, problems):
+            number, before = 0, rows_before.get(part.file, 0)
+            for number, item in enumerate(part.read(), 1):
+                if isinstance(item, Row):
+                    rows.append(item)
+                else:
+                    problems.append(f"{part.place(number, before)}: {item}")
+            rows_before[part.file] = before + number
     if problems:
-        shown = problems[:_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
-        raise UserError("the data have {} problem(s): {}".format(len(problems), "; ".join(shown)))
+        raise UserError(list_problems(problems, len(problems)))
     return rows
 
 
-def python_reference(use: Use) -> Iterator[Row]:
-    """Yield passages of Python's own language reference (``pydoc_data.topics``).
+def list_problems(problems: Sequence[str], count: int) -> str:
+    """Return one message of the first twenty of ``count`` problems."""
+    shown = list(problems[:PROBLEMS_SHOWN])
+    if count > len(shown):
+        shown.append(f"and {count - len(shown)} more")
+    return "the data have {} problem(s): {}".format(count, "; ".join(shown))
 
-    A passage's hash decides its use: one in twenty is for evaluation, the others for training.
-    """
-    from pydoc_data.topics import topics
 
-    for passage in _passages(topics[name] for name in sorted(topics)):
-        held_out = hashlib.sha256(passage.encode("utf-8")).digest()[0] % 20 == 0
-        if held_out == (use == "eval"):
-            yield Row("", passage)
+def parse_line(line: bytes) -> Read:
+    """Return the row in a line of JSON, or what is wrong with it."""
+    if b"\0" in line:
+        return "has NUL bytes, as a file has that was not written to its end"
+    try:
+        return as_row(json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 from byte {error.start + 1} on"
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON: {error}" if line.strip() else "is not JSON: the line is blank"
+
+
+def as_row(value: object) -> Read:
+    """Return a value as a row, or what is wrong with it; keys besides ``input`` and ``output`` do no harm."""
+    if not isinstance(value, dict):
+        return "is not an object"
+    for key in ("input", "output"):
+        if key not in value:
+            return f'has no "{key}"'
+        if not isinstance(value[key], str):
+            return f'"{key}" is not a text'
+    if not value["output"]:
+        return '"output" is empty'
+    return Row(value["input"], value["output"])
+
+
+def _parts_of_file(path: Path, problems: list[str]) -> list[Part]:
+    end = _end_of_text(path)
+    if end == 0:
+        problems.append(f"{path}: is empty")
+    changed = path.stat().st_mtime_ns
+    return [JsonLines(str(path), begin, min(begin + PART_BYTES, end), changed) for begin in range(0, end, PART_BYTES)]
+
+
+def _end_of_text(path: Path) -> int:
+    """Return where the last line that is not blank ends."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(0, end - (1 << 16))
+            file.seek(begin)
+            kept = len(file.read(end - begin).rstrip(_BLANK))
+            if kept:
+                return begin + kept
+            end = begin
+    return 0
 
 
 def _passages(texts: Iterable[str]) -> Iterator[str]:
@@ -84,40 +271,3 @@ def _is_prose(paragraph: str) -> bool:
     ends_like_prose = paragraph.endswith((".", ".)", ":", "?"))
     marked = any(mark in paragraph for mark in (">>>", "::=", "---", " | ", "Traceback"))
     return ends_like_prose and not marked and len(paragraph.split()) >= _FEWEST_WORDS
-
-
-def _read_file(path: Path, rows: list[Row], problems: list[str]) -> None:
-    before = len(rows) + len(problems)
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                row = _parse_row(line)
-                if isinstance(row, Row):
-                    rows.append(row)
-                else:
-                    problems.append(f"{path}:{number}: {row}")
-    except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror}")
-        return
-    if len(rows) + len(problems) == before:
-        problems.append(f"{path}: is empty")
-
-
-def _parse_row(line: bytes) -> Row | str:
-    """Return the row in a line of JSON, or what is wrong with it."""
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return "is not UTF-8"
-    except ValueError as error:
-        return f"is not JSON: {error}"
-    if not isinstance(value, dict):
-        return "is not an object"
-    for key in ("input", "output"):
-        if key not in value:
-            return f'has no "{key}"'
-        if not isinstance(value[key], str):
-            return f'"{key}" is not a text'
-    if not value["output"]:
-        return '"output" is empty'
-    return Row(value["input"], value["output"])

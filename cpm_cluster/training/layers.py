@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +60,22 @@ class TorchLayers:
 
 
 TORCH_LAYERS = TorchLayers()
+
+
+class UninitialisedLayers(TorchLayers):
+    """Plain torch layers of one type without memory (on torch's meta device), for weights that are read."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._where: Any = {"device": "meta", "dtype": dtype}
+
+    def linear(self, inputs: int, outputs: int) -> nn.Module:
+        """See :class:`TorchLayers`."""
+        return nn.Linear(inputs, outputs, bias=False, **self._where)
+
+    def embedding(self, vocabulary: int, hidden: int) -> nn.Module:
+        """See :class:`TorchLayers`."""
+        return nn.Embedding(vocabulary, hidden, **self._where)
+
+    def norm(self, hidden: int, eps: float) -> nn.Module:
+        """See :class:`TorchLayers`."""
+        return super().norm(hidden, eps).to(**self._where)

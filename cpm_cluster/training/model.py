@@ -7,14 +7,24 @@ Shapes: B rows, T tokens, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from cpm_cluster.training.attention import PackedLayout, attend, packed_layout, rotate
+from cpm_cluster.training.attention import (
+    Kernel,
+    KeyValueCache,
+    PackedLayout,
+    Segments,
+    attend,
+    packed_layout,
+    portable_kernel,
+    rotary_angles,
+    rotate,
+)
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.layers import TORCH_LAYERS, LayerFactory
 from cpm_cluster.training.settings import ModelSettings
@@ -40,6 +50,8 @@ class SelfAttention(nn.Module):
         query = rotate(self.project_q(hidden).view(by_head), layout.rotation)
         key = rotate(self.project_k(hidden).view(by_head), layout.rotation)
         value = self.project_v(hidden).view(by_head)
+        if layout.cache is not None:
+            key, value = layout.cache.extend(self, key, value)
         mixed: Tensor = self.attention_out(attend(query, key, value, layout).flatten(2))
         return mixed
 
@@ -137,18 +149,40 @@ class Encoder(nn.Module):
 class CPM(nn.Module):
     """The decoder. ``recompute`` trades a second forward pass a layer for its activations' memory."""
 
-    def __init__(self, settings: ModelSettings, recompute: bool = False, make: LayerFactory = TORCH_LAYERS) -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        recompute: bool = False,
+        make: LayerFactory = TORCH_LAYERS,
+        kernel: Kernel | None = None,
+    ) -> None:
         super().__init__()
         self.settings = settings
+        self._kernel = kernel or portable_kernel()
         self.input_embedding = make.embedding(settings.vocab, settings.hidden)
         self.encoder = Encoder(settings, make, recompute)
         if not settings.tied_embeddings:
             self.lm_head = make.linear(settings.hidden, settings.vocab)
 
-    def forward(self, input_ids: Tensor, documents: Tensor, positions: Tensor) -> Tensor:
-        """Return the logits [B, T, vocab] of packed rows; all three inputs are [B, T] integers."""
-        layout = packed_layout(documents, positions, self.settings.head_dim, self.settings.rope_theta)
-        hidden = self.encoder(self.input_embedding(input_ids), layout)
+    def forward(
+        self,
+        input_ids: Tensor,
+        documents: Tensor,
+        positions: Tensor,
+        segments: Segments | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Return the logits [B, T, vocab] of packed rows; ids, documents and positions are [B, T] integers.
+
+        Segments that are known beforehand spare a wait for the GPU. With a cache the rows continue those that are in
+        it, and the logits are those of their last tokens alone, [B, 1, vocab].
+        """
+        hidden = self.input_embedding(input_ids)
+        rotation = rotary_angles(positions, self.settings.head_dim, self.settings.rope_theta)
+        layout = packed_layout(documents, rotation, self._kernel, hidden.dtype, segments, cache)
+        hidden = self.encoder(hidden, layout)
+        if cache is not None:
+            hidden = hidden[:, -1:]
         if self.settings.tied_embeddings:
             table: Any = self.input_embedding.weight
             return functional.linear(hidden, table)
@@ -157,31 +191,45 @@ class CPM(nn.Module):
 
 
 def initialise(model: CPM) -> None:
-    """Draw matrices from N(0, 0.02²), those into the residual stream from N(0, 0.02² / 2L) (GPT-2, §2.3)."""
-    residual_std = _INIT_STD / math.sqrt(2 * model.settings.layers)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            into_residual = name.endswith(("attention_out.weight", "w_out.weight"))
-            nn.init.normal_(weight, std=residual_std if into_residual else _INIT_STD)
+    """Draw the matrices; see :func:`initial_deviation`."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(initial_weight(name, weight.shape, model.settings))
+
+
+def initial_weight(name: str, shape: Sequence[int], settings: ModelSettings) -> Tensor:
+    """Draw a matrix; the weights of a norm are 1."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return nn.init.normal_(torch.empty(shape), std=initial_deviation(name, settings))
+
+
+def initial_deviation(name: str, settings: ModelSettings) -> float:
+    """Matrices are from N(0, 0.02²), those into the residual stream from N(0, 0.02² / 2L) (GPT-2, §2.3)."""
+    into_residual = name.endswith(("attention_out.weight", "w_out.weight"))
+    return _INIT_STD / math.sqrt(2 * settings.layers) if into_residual else _INIT_STD
 
 
 def load_weights(model: CPM, weights: dict[str, Tensor], source: str) -> None:
-    """Copy CPM-9G style weights into the model.
+    """Copy CPM-9G style weights into the model; raises UserError as :func:`check_weights` does."""
+    check_weights({name: weight.shape for name, weight in model.state_dict().items()}, model.settings, weights, source)
+    model.load_state_dict(weights)
 
-    Raises UserError naming up to three keys that are missing, unknown or of another shape.
-    """
-    own = model.state_dict()
+
+def check_weights(
+    own: Mapping[str, torch.Size], settings: ModelSettings, weights: Mapping[str, Tensor], source: str
+) -> None:
+    """Raise UserError naming up to three keys that are missing, unknown or of another shape than the model's ``own``."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is unknown" for name in weights if name not in own]
     wrong += [
-        f"{name} is {list(weights[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        f"{name} is {list(weights[name].shape)} instead of {list(shape)}"
+        for name, shape in own.items()
+        if name in weights and weights[name].shape != shape
     ]
     if wrong:
         raise UserError(
             "{} does not fit model {}: {} key(s) differ, among them: {}".format(
-                source, model.settings.name, len(wrong), "; ".join(wrong[:3])
+                source, settings.name, len(wrong), "; ".join(wrong[:3])
             )
         )
-    model.load_state_dict(weights)

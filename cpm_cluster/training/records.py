@@ -1,20 +1,38 @@
-"""What a run leaves to read: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events, and a line a step.
+"""What a run leaves to read: ``metrics.jsonl``, ``samples.jsonl``, TensorBoard events, a line a step, and events.
 
-TensorBoard tags under ``tb/``: ``loss/train`` and ``loss/eval`` (nats per target token), ``optimizer/lr``,
-``optimizer/grad_norm`` (before clipping), ``optimizer/loss_scale``, ``speed/tokens_per_second`` (all ranks),
-``data/tokens_seen``, and the text ``samples/N`` for prompt N.
+A line of ``metrics.jsonl`` every ``log_every`` steps has the keys of ``_TAGS``, which are the TensorBoard tags under
+``tb/``, and ``time``, ``step`` and ``events``: what the loss guard did since the last line, one text each. Its units:
+
+* ``loss/train``, ``loss/eval``: nats per target token
+* ``optimizer/lr``, ``optimizer/grad_norm`` (before clipping; missing where it is no number), ``optimizer/loss_scale``
+* ``speed/tokens_per_second`` of all ranks, ``speed/tokens_per_second_per_rank``, ``speed/step_seconds``, ``speed/mfu``
+  (a fraction): over the last twenty steps, evaluation and saving left out
+* ``speed/data_seconds``: a step's wait for data, of the rank that waited longest
+* ``speed/checkpoint_seconds``: how long training stood still for checkpoints since the last line, of that rank
+* ``memory/allocated_bytes``, ``memory/reserved_bytes`` (GPU), ``memory/resident_bytes`` (host): a rank's peak, the
+  fullest rank's
+* ``stragglers/slowest_rank``, ``stragglers/forward_seconds`` (the median rank's own layers in the forward pass of a
+  micro batch), ``stragglers/slowest_over_median``
+* ``data/tokens_seen``, ``guard/events`` (steps not accepted so far)
+
+Texts are ``samples/N`` for prompt N, and ``guard/event``. ``events/trainer.jsonl`` has each of the guard's events with
+its time, also those before a rollback.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from pathlib import Path
-from typing import Callable, Dict, Union
+from typing import Any, Callable, Dict
 
 from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
 from cpm_cluster.training.files import write_text
+from cpm_cluster.training.guard import Incident
 from cpm_cluster.training.settings import Settings
 
 _TAGS = {
@@ -24,9 +42,22 @@ _TAGS = {
     "grad_norm": "optimizer/grad_norm",
     "loss_scale": "optimizer/loss_scale",
     "tokens_per_second": "speed/tokens_per_second",
+    "tokens_per_second_per_rank": "speed/tokens_per_second_per_rank",
+    "step_seconds": "speed/step_seconds",
+    "mfu": "speed/mfu",
+    "data_seconds": "speed/data_seconds",
+    "checkpoint_seconds": "speed/checkpoint_seconds",
+    "memory_allocated_bytes": "memory/allocated_bytes",
+    "memory_reserved_bytes": "memory/reserved_bytes",
+    "memory_resident_bytes": "memory/resident_bytes",
+    "slowest_rank": "stragglers/slowest_rank",
+    "forward_seconds": "stragglers/forward_seconds",
+    "slowest_over_median": "stragglers/slowest_over_median",
     "tokens_seen": "data/tokens_seen",
+    "guard_events": "guard/events",
 }
-Record = Dict[str, Union[int, float, str, None]]
+_SECONDS_BETWEEN_FLUSHES = 1.0
+Record = Dict[str, Any]
 
 
 class Records:
@@ -34,31 +65,54 @@ class Records:
 
     def __init__(self, settings: Settings, rank: int, restored_step: int) -> None:
         """Drop what an earlier attempt recorded beyond ``restored_step``, then continue after it."""
-        output_dir = Path(settings.output_dir)
+        self._output_dir = Path(settings.output_dir)
         self._steps = settings.training.steps
-        self._metrics = output_dir / "metrics.jsonl"
-        self._samples = output_dir / "samples.jsonl"
+        self._metrics = self._output_dir / "metrics.jsonl"
+        self._samples = self._output_dir / "samples.jsonl"
+        self._events: list[str] = []
         self._board: SummaryWriter | None = None
+        self._flushed_at = 0.0
         if rank == 0:
-            keep_lines(self._metrics, lambda step: step <= restored_step)
             # Samples before training stay once training has begun; those after the last step come again.
             keep_lines(self._samples, lambda step: step == 0 < restored_step)
-            # tensorboardX names files by the second and would overwrite those of an attempt just ended.
-            self._board = SummaryWriter(
-                str(output_dir / "tb"), purge_step=restored_step + 1, filename_suffix=f".{os.getpid()}"
-            )
+            self._continue_after(restored_step)
 
     def metrics(self, record: Record) -> None:
         """Record one step."""
         if self._board is None:
             return
+        record = {**{key: finite_or_none(value) for key, value in record.items()}, "events": self._events}
+        self._events = []
         _append(self._metrics, record)
         print(step_line(record, self._steps), flush=True)
-        for key, tag in _TAGS.items():
-            value = record.get(key)
-            if value is not None:
-                self._board.add_scalar(tag, value, record["step"], walltime=record["time"])
-        self._board.flush()
+        # One event of many values: each that is added passes through a queue to the writer's thread.
+        known = [(tag, record[key]) for key, tag in _TAGS.items() if record.get(key) is not None]
+        values = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in known])
+        self._board.file_writer.add_summary(values, record["step"], record["time"])
+        if time.monotonic() - self._flushed_at > _SECONDS_BETWEEN_FLUSHES:
+            self._board.flush()
+            self._flushed_at = time.monotonic()
+
+    def incident(self, incident: Incident, rolled_back_to: int | None) -> None:
+        """Record what the loss guard did; after a rollback the steps beyond it will be recorded once more."""
+        if self._board is None:
+            return
+        print(f"guard: {incident.text}", flush=True)
+        self._events.append(incident.text)
+        event = {"time": time.time(), "kind": "guard", **incident._asdict(), "rolled_back_to": rolled_back_to}
+        (self._output_dir / "events").mkdir(exist_ok=True)
+        _append(self._output_dir / "events" / "trainer.jsonl", event)
+        if rolled_back_to is not None:
+            self._board.close()
+            self._continue_after(rolled_back_to)
+        self._board.add_text("guard/event", incident.text, incident.step if rolled_back_to is None else rolled_back_to)
+
+    def _continue_after(self, step: int) -> None:
+        """Make what is recorded end with a step."""
+        keep_lines(self._metrics, lambda recorded: recorded <= step)
+        # tensorboardX names files by the second and would overwrite those of an attempt just ended.
+        suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+        self._board = SummaryWriter(str(self._output_dir / "tb"), purge_step=step + 1, filename_suffix=suffix)
 
     def sample(self, number: int, step: int, prompt: str, text: str) -> None:
         """Record what the model made of prompt ``number`` after ``step`` steps."""
@@ -76,19 +130,26 @@ class Records:
 def step_line(record: Record, steps: int) -> str:
     """Return one step's record as people read it: ``step 20/300 loss 4.1234 lr 3.00e-04 …``.
 
-    The gradient norm is "overflow" where fp16 skipped the step.
+    The gradient norm is "overflow" where it is no number, as when fp16 skipped the step.
     """
-    grad_norm, eval_loss = record["grad_norm"], record["eval_loss"]
+    loss, grad_norm = record["loss"], record["grad_norm"]
     parts = [
         f"step {record['step']}/{steps}",
-        f"loss {record['loss']:.4f}",
+        "loss nan" if loss is None else f"loss {loss:.4f}",
         f"lr {record['lr']:.2e}",
         "grad_norm overflow" if grad_norm is None else f"grad_norm {grad_norm:.3f}",
         f"tokens/s {record['tokens_per_second']:.0f}",
     ]
-    if eval_loss is not None:
-        parts.append(f"eval_loss {eval_loss:.4f}")
+    if record.get("mfu") is not None:
+        parts.append(f"mfu {record['mfu']:.3f}")
+    if record.get("eval_loss") is not None:
+        parts.append(f"eval_loss {record['eval_loss']:.4f}")
     return " ".join(parts)
+
+
+def finite_or_none(value: Any) -> Any:
+    """Return None for a float that is no number, which JSON has not; any other value as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_lines(path: Path, wanted: Callable[[int], bool]) -> None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Sequence
 
 from cpm_cluster.training.checkpoint import Checkpoints, Progressed
-from cpm_cluster.training.corpus import Use, read_rows
+from cpm_cluster.training.data import TrainingData, evaluation_batches
 from cpm_cluster.training.engines import Engine, StepResult, open_engine
 from cpm_cluster.training.errors import UserError, clear_errors
 from cpm_cluster.training.files import write_json
-from cpm_cluster.training.generate import continue_text
-from cpm_cluster.training.packing import (
-    Batch,
-    PackedStream,
-    Sample,
-    best_fit,
-    collate,
-    encode_rows,
-    share_of,
-)
+from cpm_cluster.training.guard import Incident, LossGuard
+from cpm_cluster.training.heartbeat import Heartbeat, clear_heartbeats
+from cpm_cluster.training.measurements import Meter
+from cpm_cluster.training.packing import Batch
 from cpm_cluster.training.placement import Placement, confirm_world, expect_world_size
 from cpm_cluster.training.progress import Progress, Speed
-from cpm_cluster.training.records import Records
+from cpm_cluster.training.records import Records, finite_or_none
+from cpm_cluster.training.sampling import continue_text
 from cpm_cluster.training.schedules import learning_rate
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.stop import StopRequest
@@ -35,16 +33,19 @@ def finetune(settings: Settings, placement: Placement, settings_text: bytes) -> 
     prepare(output_dir, placement)
     stop = StopRequest(output_dir)
     progress = Progress(settings, placement.rank)
+    heartbeat = Heartbeat(output_dir, placement.rank)
     progress.enter("loading")
     try:
         expect_world_size(placement, settings.expected_world_size)
         engine = open_engine(settings, placement)
         confirm_world(engine.all_gather, placement, settings.expected_world_size, settings_text)
-        outcome = Run(settings, placement, engine, stop, progress).run()
+        outcome = Run(settings, placement, engine, stop, progress, heartbeat).run()
         engine.close()
+        heartbeat.close(outcome)
         return outcome
     except Exception:
         progress.enter("failed")
+        heartbeat.close("failed")
         raise
 
 
@@ -52,90 +53,159 @@ class Run:
     """One attempt at a run: the components, and the order in which they act."""
 
     def __init__(
-        self, settings: Settings, placement: Placement, engine: Engine, stop: StopRequest, progress: Progress
+        self,
+        settings: Settings,
+        placement: Placement,
+        engine: Engine,
+        stop: StopRequest,
+        progress: Progress,
+        heartbeat: Heartbeat,
     ) -> None:
         """Read tokenizer and data, build the model, resume where an earlier attempt saved."""
         self.settings, self.placement, self.engine = settings, placement, engine
-        self.stop, self.progress, self.speed = stop, progress, Speed()
+        self.stop, self.progress, self.heartbeat = stop, progress, heartbeat
+        self.speed, self.meter = Speed(settings.work, placement.world_size), Meter()
         self.output_dir = Path(settings.output_dir)
         self.tokenizer = open_tokenizer(settings)
-        samples = self.load_samples("train")
+        self.data = TrainingData(settings, placement, self.tokenizer, engine.all_gather, self.note_loading, self.say)
         self.eval_batches = self.load_eval_batches()
+        progress.enter("loading", done=None, total=None)
         engine.build()
         self.checkpoints = Checkpoints(settings, placement.rank)
         self.progressed = self.checkpoints.resume(engine)
-        self.stream = PackedStream(samples, settings.training.seq_len, settings.seed, self.progressed.position)
+        self.data.seek(self.progressed.position)
+        self.guard = LossGuard(settings.training.guard)
+        self.guard.restore(self.progressed.guard)
         self.records = Records(settings, placement.rank, self.progressed.step)
         self.loss: float | None = None
         self.eval_loss: float | None = None
 
     def run(self) -> str:
         """Sample, train to the last step or a stop, save, sample again; return the outcome."""
-        step, steps = self.progressed.step, self.settings.training.steps
+        training = self.settings.training
         self.note_step_in_progress()
-        if step == 0:
-            self.write_samples(step)
+        if self.progressed.step == 0:
+            self.write_samples(0)
         else:
-            self.say(f"continuing after step {step}")
-        self.progress.enter("training")
-        while step < steps:
-            if self.engine.any_flag(self.stop.pending):
+            self.say(f"continuing after step {self.progressed.step}")
+        if "rollback" in (training.guard.nonfinite, training.guard.spike):
+            self.save()
+        self.enter("training")
+        stop = self.engine.any_flag(self.stop.pending)
+        while self.progressed.step < training.steps:
+            if stop:
                 return self.finish("stopped")
-            step += 1
-            self.train(step)
-            if step % self.settings.training.checkpoint.every == 0:
+            stop = self.train(self.progressed.step + 1)
+            if self.progressed.step % training.checkpoint.every == 0:
                 self.save()
+            else:
+                with self.meter.saving():
+                    self.checkpoints.poll()
         self.save()
-        self.write_samples(step)
-        self.progress.enter("saving")
+        self.write_samples(self.progressed.step)
+        self.enter("saving")
         self.engine.export_weights(self.output_dir / "weights")
         return self.finish("finished")
 
-    def train(self, step: int) -> None:
-        """One optimizer step, and what is due after it."""
-        training = self.settings.training
-        lr = learning_rate(step, training)
+    def train(self, step: int) -> bool:
+        """One optimizer step, and what is due after it; return whether some rank wants to stop."""
         started = time.monotonic()
-        result = self.engine.train_step(self.next_batches(), lr)
+        self.heartbeat.enter("data", step)
+        with self.meter.waiting_for_data():
+            batches = self.data.next_batches()
+        self.heartbeat.enter("compute", step)
+        lr = learning_rate(step, self.settings.training)
+        result = self.engine.train_step(batches, lr, partial(self.guard.accept, step), self.wants_to_stop)
         self.speed.note(time.monotonic() - started, result.tokens)
+        self.meter.step(result.forward_seconds)
+        incident = self.guard.take_incident()
+        if incident is not None and incident.action == "rollback":
+            self.roll_back(incident)
+        else:
+            self.advance(step, result, lr, incident)
+        return result.stop
+
+    def wants_to_stop(self) -> bool:
+        """Tell the engine, which asks when this rank has done its part of a step and is about to await the others."""
+        self.heartbeat.enter("exchange", self.progressed.step + 1)
+        return self.stop.pending
+
+    def advance(self, step: int, result: StepResult, lr: float, incident: Incident | None) -> None:
+        """Count a step, evaluate and record where that is due."""
         tokens_seen = self.progressed.tokens_seen + result.tokens
-        self.progressed = Progressed(step, tokens_seen, *self.stream.position)
-        self.loss = result.loss
+        self.progressed = Progressed(step, tokens_seen, self.data.position, self.guard.state())
+        self.loss = finite_or_none(result.loss)
+        if incident is not None:
+            self.records.incident(incident, None)
+        training = self.settings.training
         evaluated = bool(self.eval_batches) and due(step, training.eval_every, training.steps)
         if evaluated:
-            self.progress.enter("evaluating")
+            self.enter("evaluating")
             self.eval_loss = self.engine.evaluate(self.eval_batches)
-            self.progress.enter("training")
-        self.record(result, lr, evaluated)
+            self.enter("training")
+        self.record(result, lr, evaluated, incident)
 
-    def record(self, result: StepResult, lr: float, evaluated: bool) -> None:
-        """Tell the live display and, every ``log_every`` steps, the records."""
+    def roll_back(self, incident: Incident) -> None:
+        """Return to the newest whole checkpoint, but not to its data: go on after those of the offending step."""
+        self.enter("loading")
+        restored = self.checkpoints.resume(self.engine)
+        self.guard.recall_losses(restored.guard)
+        self.progressed = replace(restored, position=self.data.position, guard=self.guard.state())
+        self.records.incident(incident, restored.step)
+        self.note_step_in_progress()
+        self.enter("training", guard_events=self.guard.incidents, last_event=incident.text)
+
+    def record(self, result: StepResult, lr: float, evaluated: bool, incident: Incident | None) -> None:
+        """Tell the live display and, every ``log_every`` steps and when something happened, the records."""
         training, step = self.settings.training, self.progressed.step
-        measured = {
+        measured: dict[str, int | float | None] = {
             "step": step,
-            "loss": result.loss,
+            "loss": self.loss,
             "lr": lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": finite_or_none(result.grad_norm),
             "tokens_per_second": self.speed.tokens_per_second,
+            "step_seconds": self.speed.step_seconds,
+            "mfu": self.speed.mfu,
             "tokens_seen": self.progressed.tokens_seen,
+            "epoch": self.data.epoch,
+            "guard_events": self.guard.incidents,
         }
+        if incident is not None:
+            self.progress.note(last_event=incident.text)
         eta = self.speed.eta_seconds(training.steps - step)
-        self.progress.note(**measured, eval_loss=self.eval_loss, eta_seconds=eta)
-        if evaluated or due(step, training.log_every, training.steps):
-            extra = {"eval_loss": self.eval_loss if evaluated else None, "loss_scale": result.loss_scale}
-            self.records.metrics({**measured, **extra, "time": time.time()})
+        checkpoint_step = self.checkpoints.newest_step
+        self.progress.note(**measured, eval_loss=self.eval_loss, eta_seconds=eta, checkpoint_step=checkpoint_step)
+        if incident is None and not evaluated and not due(step, training.log_every, training.steps):
+            return
+        of_ranks = self.meter.read(self.engine.exchange)
+        self.progress.note(memory_bytes=of_ranks["memory_allocated_bytes"] or of_ranks["memory_resident_bytes"])
+        extra = {
+            "eval_loss": self.eval_loss if evaluated else None,
+            "loss_scale": result.loss_scale,
+            "tokens_per_second_per_rank": self.speed.tokens_per_second / self.placement.world_size,
+            "time": time.time(),
+        }
+        self.records.metrics({**measured, **extra, **of_ranks})
 
     def save(self) -> None:
-        """Write a checkpoint of the finished steps unless there is one."""
+        """Begin a checkpoint of the finished steps unless there is one."""
         if self.checkpoints.newest_step == self.progressed.step:
             return
-        self.progress.enter("saving")
-        self.checkpoints.save(self.engine, self.progressed)
-        self.progress.enter("training", checkpoint_step=self.checkpoints.newest_step)
+        self.enter("saving")
+        with self.meter.saving():
+            self.checkpoints.save(self.engine, self.progressed)
+        self.enter("training", checkpoint_step=self.checkpoints.newest_step)
+
+    def enter(self, phase: str, **values: object) -> None:
+        """Note what this rank does now, for the live display and the watchdog."""
+        self.heartbeat.enter(phase, self.progressed.step)
+        self.progress.enter(phase, **values)
 
     def finish(self, outcome: str) -> str:
         """Leave a checkpoint and ``outcome.json``; close the records."""
         self.save()
+        self.enter("saving")
+        self.checkpoints.finish()
         self.records.close()
         if self.placement.rank == 0:
             content = {
@@ -146,12 +216,12 @@ class Run:
             }
             write_json(self.output_dir / "outcome.json", content)
         self.say(f"{outcome} after step {self.progressed.step}")
-        self.progress.enter("done" if outcome == "finished" else "stopped")
+        self.enter("done" if outcome == "finished" else "stopped", checkpoint_step=self.checkpoints.newest_step)
         return outcome
 
     def write_samples(self, step: int) -> None:
         """Continue every prompt; all ranks compute, rank 0 records."""
-        self.progress.enter("sampling")
+        self.enter("sampling")
         samples = self.settings.samples
         for number, prompt in enumerate(samples.prompts):
             text = continue_text(
@@ -164,31 +234,18 @@ class Run:
             )
             self.records.sample(number, step, prompt, text)
 
-    def next_batches(self) -> list[Batch]:
-        """Return this rank's micro batches of the next step."""
-        training, world_size = self.settings.training, self.placement.world_size
-        rows = self.stream.take(world_size * training.grad_accum * training.micro_batch)
-        groups = share_of(rows, self.placement.rank, world_size, training.micro_batch)
-        return [collate(group, training.seq_len) for group in groups]
-
-    def load_samples(self, use: Use) -> list[Sample]:
-        """Read, check and encode the data of one use; say how many samples are too long."""
-        data, seq_len = self.settings.data, self.settings.training.seq_len
-        sources = data.train if use == "train" else data.eval
-        rows = read_rows([source.path for source in sources], use)
-        samples, dropped = encode_rows(rows, self.tokenizer, seq_len)
-        if dropped:
-            self.say(f"{dropped} of {len(rows)} {use} samples are longer than {seq_len} tokens and were dropped")
-        return samples
-
-    def load_eval_batches(self) -> list[Batch]:
+    def load_eval_batches(self) -> Sequence[Batch]:
         """Return this rank's share of the evaluation data; empty when the settings ask for no evaluation."""
         if not self.settings.data.eval or self.settings.training.eval_every == 0:
             return []
-        training = self.settings.training
-        rows = best_fit(self.load_samples("eval"), training.seq_len)
-        groups = share_of(rows, self.placement.rank, self.placement.world_size, training.micro_batch)
-        return [collate(group, training.seq_len) for group in groups]
+        return evaluation_batches(
+            self.settings, self.placement, self.tokenizer, self.engine.all_gather, self.note_loading, self.say
+        )
+
+    def note_loading(self, done: int, total: int) -> None:
+        """Show that the data are being read, and how far: bytes of bytes."""
+        self.heartbeat.enter("loading data", 0)
+        self.progress.note(phase="loading data", done=done, total=total)
 
     def say(self, line: str) -> None:
         """Print a line for people, once."""
@@ -213,6 +270,8 @@ def prepare(output_dir: Path, placement: Placement) -> None:
     except OSError as error:
         raise UserError(f"output_dir {output_dir} cannot be made: {error.strerror}") from error
     clear_errors(output_dir, placement.rank, placement.world_size)
+    if placement.rank == 0:
+        clear_heartbeats(output_dir, placement.world_size)
     outcome = output_dir / "outcome.json"
     if placement.rank == 0 and outcome.exists():
         outcome.unlink()

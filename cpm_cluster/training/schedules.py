@@ -64,7 +64,8 @@ def learning_rate(step: int, training: TrainingSettings) -> float:
 
 
 def _progress(step: int, steps: int, start: int) -> float:
-    return min(1.0, (step - start) / (steps - start)) if steps > start else 1.0
+    # A run that only warms up ends at the peak.
+    return min(1.0, (step - start) / (steps - start)) if steps > start else 0.0
 
 
 _SCHEDULES: dict[str, Callable[[int, int, int, float], float]] = {

@@ -57,7 +57,10 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """A source is drawn as often as it is long, or as its weight says: all have one, or none has."""
+    """A source is drawn as often as it is long, or as its weight says: all have one, or none has.
+
+    Evaluation takes every sample once, whatever the weights.
+    """
 
     train: Tuple[SourceSettings, ...]
     eval: Tuple[SourceSettings, ...]
@@ -78,7 +81,7 @@ class CheckpointSettings:
 class GuardSettings:
     """What to do with a loss that is no number, or ``spike_deviations`` above the mean of ``window`` steps.
 
-    After ``limit`` steps that were left out or rolled back the run ends.
+    ``limit`` steps of either kind are left out or rolled back; the one after them ends the run.
     """
 
     nonfinite: Literal["stop", "skip", "rollback"]

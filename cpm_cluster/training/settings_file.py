@@ -154,9 +154,23 @@ def _out_of_range(settings: Settings) -> list[str]:
         (all(0 <= beta < 1 for beta in training.betas), "training.betas: must be in [0, 1)"),
         (training.clip_grad_norm >= 0, "training.clip_grad_norm: must not be negative"),
         (training.eval_every >= 0, "training.eval_every: must not be negative"),
+        (settings.evaluation.shots >= 0, "evaluation.shots: must not be negative"),
+        (
+            bool(settings.data.eval or settings.evaluation.choices) or settings.task != "evaluate",
+            "task: evaluate needs data.eval or evaluation.choices",
+        ),
+        (settings.generation is not None or settings.task != "generate", "generation: task generate needs it"),
         (settings.samples.max_tokens >= 0, "samples.max_tokens: must not be negative"),
         (settings.samples.temperature >= 0, "samples.temperature: must not be negative"),
     ]
+    if settings.generation is not None:
+        generation = settings.generation
+        rules += [
+            (generation.batch >= 1, "generation.batch: must be at least 1"),
+            (generation.max_tokens >= 1, "generation.max_tokens: must be at least 1"),
+            (generation.temperature >= 0, "generation.temperature: must not be negative"),
+            (0 < generation.top_p <= 1, "generation.top_p: must be above 0, and at most 1"),
+        ]
     problems = [message for holds, message in rules if not holds]
     if isinstance(settings.method, LoraTuning):
         problems.extend(_lora_problems(settings.method))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ LAYERS: dict[str, set[str]] = {
     "planner": {"specs"},
     "launch": {"specs", "planner"},
     "runs": {"launch"},
+    "calibration": {"specs", "planner", "runs"},
     "diagnosis": {"runs", "specs"},
     "agent": {"launch", "runs", "diagnosis"},  # the batch script starts a job again as the verdict says
     "schedulers": {"launch", "runs", "agent"},
-    "dashboard": {"runs", "schedulers", "diagnosis", "planner"},
+    "monitoring": {"runs", "diagnosis", "schedulers"},
+    "dashboard": {"runs", "schedulers", "diagnosis", "monitoring", "planner"},
     "training": set(),
     "sandbox": {"specs", "runs"},  # a Slurm cluster on one machine, to try things on: only cli knows of it
 }
@@ -66,6 +69,13 @@ def _reached(module: str) -> set[str]:
 
 def test_every_folder_of_the_package_is_a_layer() -> None:
     assert {_layer(module) for module in MODULES} - {""} == set(LAYERS)
+
+
+def test_every_layer_with_code_is_installed() -> None:
+    setup = ConfigParser()
+    setup.read(PACKAGE.parent / "setup.cfg", encoding="utf-8")
+    with_code = {_layer(module) for module, path in MODULES.items() if path.name != "__init__.py"} - {""}
+    assert {f"cpm_cluster.{layer}" for layer in with_code} <= set(setup["options"]["packages"].split())
 
 
 @pytest.mark.parametrize("layer", LAYERS)

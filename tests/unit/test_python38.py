@@ -22,6 +22,7 @@ ON_NODES = [
     "launch/plan.py",
     "launch/program.py",
     "launch/runtimes",
+    "runs/heartbeats.py",
     "runs/layout.py",
     "runs/records.py",
     "runs/run.py",

@@ -2,15 +2,15 @@
 
 An engine is picked by name, never by what happens to be installed.
 
-``torch`` is the reference (DDP and FSDP2). Another engine is one more module here and one more line in
-``_ENGINES``.
+``torch`` is the reference (DDP and FSDP2); ``bmtrain`` is what CPM's images have. Another engine is one more module
+here and one more line in ``_ENGINES``.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol, Sequence
+from typing import Callable, Literal, NamedTuple, Protocol, Sequence
 
 from torch import Tensor
 
@@ -19,20 +19,53 @@ from cpm_cluster.training.packing import Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings
 
-_ENGINES = {"torch": "cpm_cluster.training.engines.torch_engine:TorchEngine"}
+_ENGINES = {
+    "torch": "cpm_cluster.training.engines.torch_engine:TorchEngine",
+    "bmtrain": "cpm_cluster.training.engines.bmtrain_engine:BMTrainEngine",
+}
+
+
+Update = Literal["applied", "overflow", "refused"]
 
 
 class StepResult(NamedTuple):
     """One optimizer step over the global batch.
 
-    ``loss`` in nats per target token; ``grad_norm`` before clipping, None when fp16 overflowed and the step
-    was skipped; ``tokens`` are inputs without padding, of all ranks; ``loss_scale`` is 1 but for fp16.
+    ``loss`` in nats per target token and ``grad_norm`` before clipping are not finite where the step says so itself;
+    ``tokens`` are inputs without padding, of all ranks; ``loss_scale`` (of this step) is 1 but for fp16. ``update``:
+    the weights changed, or fp16 overflowed, or :data:`Accept` refused. ``stop``: some rank wants to stop.
+    ``forward_seconds``: this rank's own layers in the forward pass of the first micro batch, without waiting for
+    other ranks; alone of all fields it differs between ranks, and is None where an engine does not measure it.
     """
 
     loss: float
-    grad_norm: float | None
+    grad_norm: float
     tokens: int
     loss_scale: float
+    update: Update
+    stop: bool
+    forward_seconds: float | None
+
+
+# Whether to update the weights, from the loss and the gradient norm of a step; the answer is equal on all ranks. It
+# may raise instead: then the weights are those from before the step.
+Accept = Callable[[float, float], bool]
+
+
+class StagedState(Protocol):
+    """A copy of this rank's part of the state in CPU memory, to be written while training goes on."""
+
+    def write(self) -> list[Path]:
+        """Write and sync this rank's files into the directory, which is there by then, and return them.
+
+        In a thread, so it must not talk to other ranks. Raises OSError that names the file.
+        """
+
+    def gather_index(self) -> Callable[[], list[Path]]:
+        """Once every rank has written: bring to rank 0 what describes the parts together. Collective, short.
+
+        Returns what writes and syncs it, and returns the files; rank 0 calls that in a thread, other ranks do not.
+        """
 
 
 class Engine(Protocol):
@@ -45,11 +78,14 @@ class Engine(Protocol):
     def build(self) -> None:
         """Make model and optimizer from the settings; raises UserError when given weights do not fit."""
 
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """Accumulate over this rank's micro batches, weigh by tokens over all ranks, clip, update.
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr: float, accept: Accept, wants_to_stop: Callable[[], bool]
+    ) -> StepResult:
+        """Accumulate over this rank's micro batches, weigh by tokens over all ranks, clip, update where accepted.
 
-        Raises FloatingPointError when loss or gradient is not finite; an fp16 gradient that overflows skips
-        the step and halves the scale instead.
+        ``accept`` is asked once a step, before the update, but for an fp16 gradient that overflows while the scale
+        can still be halved: that skips the step. ``wants_to_stop`` is asked once, as late as the exchange of the
+        loss allows, so that it costs no exchange of its own.
         """
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -58,17 +94,29 @@ class Engine(Protocol):
     def next_token_logits(self, ids: Sequence[int]) -> Tensor:
         """Return the logits [vocab] (fp32, on the CPU) after one document's ids."""
 
-    def save_state(self, directory: Path) -> None:
-        """Write into a directory what :meth:`load_state` needs: trained weights, optimizer, generators."""
+    def stage_state(self, directory: Path) -> StagedState:
+        """Copy to the CPU what :meth:`load_state` needs, for a directory: trained weights, optimizer, generators.
+
+        Training may go on at once. One copy is in use at a time, so an engine may keep its memory for the next.
+        """
 
     def load_state(self, directory: Path) -> None:
-        """Continue a saved state, possibly of another number of ranks; raises UserError when it cannot."""
+        """Continue a saved state, possibly of another number of ranks; raises UserError when it cannot.
+
+        The files of the directory are whole: their sums have been compared with the manifest.
+        """
 
     def export_weights(self, directory: Path) -> None:
         """Write ``model.pt`` (CPM-9G names) or, for LoRA, ``delta.pt`` atomically."""
 
     def all_gather(self, value: int) -> list[int]:
         """Return every rank's value (below 2^63) in the order of ranks."""
+
+    def exchange(self, values: Sequence[float]) -> list[tuple[float, ...]]:
+        """Return every rank's values (float64, equally many) in the order of ranks."""
+
+    def all_gather_text(self, text: str) -> list[str]:
+        """Return every rank's text, of any length, in the order of ranks."""
 
     def any_flag(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank."""

@@ -44,14 +44,13 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def shard_like(full: Tensor, reference: Tensor) -> Tensor:
-    """Return ``full`` on the reference's device, sharded as the reference is (no communication)."""
-    full = full.to(reference.device)
-    mesh: Any = getattr(reference, "device_mesh", None)
-    if mesh is None:
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    placements: Any = reference.placements  # type: ignore[attr-defined]
-    sharded: Tensor = distribute_tensor(full, mesh, placements)
-    return sharded
+def copy_into(parameter: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this rank's rows: FSDP2 deals them out in order, in equal parts."""
+    with torch.no_grad():
+        part: Any = getattr(parameter, "to_local", None)
+        if part is None:
+            parameter.copy_(full)
+            return
+        own = part()
+        first = dist.get_rank() * -(-full.shape[0] // dist.get_world_size())
+        own.copy_(full[first : first + own.shape[0]])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-_FIRST, _LARGEST, _SMALLEST = 2.0**16, 2.0**25, 1.0
-_STEPS_TO_DOUBLE = 1000
+FIRST, LARGEST, SMALLEST = 2.0**16, 2.0**25, 1.0
+STEPS_TO_DOUBLE = 1000
 
 
 class LossScale:
@@ -11,16 +11,21 @@ class LossScale:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self.value = _FIRST if enabled else 1.0
+        self.value = FIRST if enabled else 1.0
         self._clean_steps = 0
+
+    @property
+    def can_halve(self) -> bool:
+        """Whether a smaller scale is left to try after an overflow."""
+        return self.enabled and self.value > SMALLEST
 
     def update(self, overflowed: bool) -> None:
         """Take note of one step."""
         self._clean_steps = 0 if overflowed else self._clean_steps + 1
         if overflowed:
-            self.value = max(_SMALLEST, self.value / 2)
-        elif self.enabled and self._clean_steps == _STEPS_TO_DOUBLE:
-            self.value = min(_LARGEST, self.value * 2)
+            self.value = max(SMALLEST, self.value / 2)
+        elif self.enabled and self._clean_steps == STEPS_TO_DOUBLE:
+            self.value = min(LARGEST, self.value * 2)
             self._clean_steps = 0
 
     def as_json(self) -> dict[str, float]:

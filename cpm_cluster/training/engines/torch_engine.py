@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
-import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ContextManager, Sequence
+from typing import Any, Callable, ContextManager, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,23 +14,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cpm_cluster.training.engines import StepResult
+from cpm_cluster.training.attention import open_kernel, segments_of
+from cpm_cluster.training.engines import Accept, StepResult, Update
+from cpm_cluster.training.engines.determinism import compute_deterministically
+from cpm_cluster.training.engines.forward_clock import ForwardClock
 from cpm_cluster.training.engines.fsdp import shard_model, whole
+from cpm_cluster.training.engines.initial_weights import fill, open_base_weights
 from cpm_cluster.training.engines.loss_scale import LossScale
 from cpm_cluster.training.engines.process_group import announce, choose_device, join_group
+from cpm_cluster.training.engines.sharded_state import Stager, require_dcp
 from cpm_cluster.training.engines.torch_state import (
+    StagedTraining,
     load_generators,
-    load_optimizer,
-    load_trained,
-    read_tensors,
-    save_generators,
-    save_optimizer,
+    load_loss_scale,
+    load_training_tensors,
     save_trained,
+    training_tensors,
 )
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.files import write_json
+from cpm_cluster.training.formats.tensor_files import Tensors
+from cpm_cluster.training.layers import UninitialisedLayers
 from cpm_cluster.training.lora import attach_lora
-from cpm_cluster.training.model import CPM, initialise, load_weights
+from cpm_cluster.training.model import CPM
 from cpm_cluster.training.packing import IGNORED, Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import LoraTuning, Settings, TrainingSettings
@@ -57,55 +60,65 @@ class TorchEngine:
         self._loss_scale = LossScale(settings.training.precision == "fp16")
         if self._loss_scale.enabled and self._device.type == "cpu":
             raise UserError("precision fp16 needs a GPU and torch sees none; use bf16 or fp32")
+        require_dcp()
         if settings.deterministic:
-            # cuBLAS reads this when it is first used.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+            compute_deterministically()
         join_group(placement, self._device)
 
     def build(self) -> None:
-        """Make the same weights on every rank, then distribute them."""
+        """Make the model without memory, distribute it, then give each rank its weights."""
         settings = self._settings
-        torch.manual_seed(settings.seed)
-        self._model = CPM(settings.model, settings.training.recompute == "full")
-        initialise(self._model)
-        if settings.init_from is not None:
-            load_weights(self._model, read_tensors(Path(settings.init_from)), settings.init_from)
+        compute_type = self._compute_type or torch.float32
+        kernel = open_kernel(settings, self._placement.rank, self._device, compute_type)
+        layers = UninitialisedLayers(torch.float32)
+        self._model = CPM(settings.model, settings.training.recompute == "full", layers, kernel)
         if isinstance(settings.method, LoraTuning):
             attach_lora(self._model, settings.method)
-        self._replica: nn.Module = self._distribute()
+        weights = open_base_weights(self._model, settings)
+        self._forward_clock = ForwardClock(self._model.encoder.layers, self._device)
+        self._replica: nn.Module = self._distribute(weights)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._optimizer = adamw(self._trained, settings.training)
+        self._stager = Stager()
         # From here on randomness (dropout) differs between ranks.
         torch.manual_seed(settings.seed + 1 + self._placement.rank)
 
-    def train_step(self, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step; losses are weighted so that the mean over ranks is the mean over tokens."""
-        targets, tokens = self._sum_over_ranks(
+    def train_step(
+        self, micro_batches: Sequence[Batch], lr: float, accept: Accept, wants_to_stop: Callable[[], bool]
+    ) -> StepResult:
+        """One optimizer step; losses are weighted so that the mean over ranks is the mean over tokens.
+
+        Two exchanges beside the gradient's, and one wait for the GPU: when loss and norm are looked at.
+        """
+        counts = self._summed(
             sum(batch.target_tokens for batch in micro_batches), sum(batch.tokens for batch in micro_batches)
         )
-        weight = self._placement.world_size * self._loss_scale.value / targets
+        scale = self._loss_scale.value
+        weight = (self._placement.world_size * scale / counts[0]).float()
         self._replica.train()
-        summed = torch.zeros((), device=self._device)
+        own_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         for number, batch in enumerate(micro_batches, 1):
             with self._gradient_sync(number == len(micro_batches)):
-                loss = self._summed_loss(batch)
+                with self._forward_clock if number == 1 else nullcontext():
+                    loss = self._summed_loss(batch)
                 (loss * weight).backward()  # type: ignore[no-untyped-call]
-            summed += loss.detach()
-        (total,) = self._sum_over_ranks(summed.item())
-        grad_norm, scale = self._clip(), self._loss_scale.value
-        updated = self._update(total / targets, grad_norm, lr)
-        return StepResult(total / targets, grad_norm if updated else None, int(tokens), scale)
+            own_loss += loss.detach()
+        norm = self._clip()
+        sums = self._summed(own_loss, float(wants_to_stop()))
+        targets, tokens, total, stop, grad_norm = torch.cat((counts, sums, norm.double().reshape(1))).tolist()
+        update = self._update(total / targets, grad_norm, lr, accept)
+        seconds = self._forward_clock.seconds()
+        return StepResult(total / targets, grad_norm, int(tokens), scale, update, stop > 0, seconds)
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Sum losses and target tokens over batches and ranks, then divide."""
         self._replica.eval()
-        summed = 0.0
+        own_loss = torch.zeros((), dtype=torch.float64, device=self._device)
         with torch.no_grad():
             for batch in batches:
-                summed += self._summed_loss(batch).item()
-        loss, targets = self._sum_over_ranks(summed, sum(batch.target_tokens for batch in batches))
-        return loss / targets
+                own_loss += self._summed_loss(batch)
+        loss, targets = self._summed(own_loss, sum(batch.target_tokens for batch in batches)).tolist()
+        return float(loss / targets)
 
     def next_token_logits(self, ids: Sequence[int]) -> Tensor:
         """Run the last ``seq_len`` ids through the model."""
@@ -116,20 +129,16 @@ class TorchEngine:
             logits: Tensor = self._model(recent, torch.zeros_like(recent), positions)
         return logits[0, -1].float().cpu()
 
-    def save_state(self, directory: Path) -> None:
-        """Rank 0 writes weights and optimizer, whole; every rank writes its generators."""
-        save_trained(directory / "trained.pt", self._trained)
-        save_optimizer(directory / "optimizer.pt", self._trained, self._optimizer)
-        save_generators(directory, self._placement.rank, self._device)
-        if self._placement.rank == 0:
-            write_json(directory / "loss_scale.json", self._loss_scale.as_json())
+    def stage_state(self, directory: Path) -> StagedTraining:
+        """Copy what this rank is to write."""
+        tensors = self._stager.stage(training_tensors(self._trained, self._optimizer))
+        return StagedTraining(directory, self._placement.rank, tensors, self._device, self._loss_scale.as_json())
 
     def load_state(self, directory: Path) -> None:
-        """Every rank reads the whole and keeps its part."""
-        load_trained(directory / "trained.pt", self._trained)
-        load_optimizer(directory / "optimizer.pt", self._trained, self._optimizer)
+        """Every rank reads its part of the tensors."""
+        load_training_tensors(directory, self._trained, self._optimizer)
         load_generators(directory, self._placement.rank, self._device)
-        self._loss_scale.restore(json.loads((directory / "loss_scale.json").read_text(encoding="utf-8")))
+        self._loss_scale.restore(load_loss_scale(directory))
 
     def export_weights(self, directory: Path) -> None:
         """Full tuning: all weights; LoRA: the updates alone."""
@@ -145,13 +154,28 @@ class TorchEngine:
         dist.all_gather(values, own)
         return [int(item) for item in values]
 
+    def exchange(self, values: Sequence[float]) -> list[tuple[float, ...]]:
+        """Exchange some numbers."""
+        if self._placement.world_size == 1:
+            return [tuple(values)]
+        own = torch.tensor(list(values), dtype=torch.float64, device=self._device)
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, own)
+        return [tuple(of_rank.tolist()) for of_rank in gathered]
+
+    def all_gather_text(self, text: str) -> list[str]:
+        """Exchange a text of each rank."""
+        texts = [""] * dist.get_world_size()
+        dist.all_gather_object(texts, text)
+        return texts
+
     def any_flag(self, flag: bool) -> bool:
         """Exchange one flag."""
-        return self._sum_over_ranks(float(flag))[0] > 0
+        return float(self._summed(float(flag))) > 0
 
     def barrier(self) -> None:
         """Wait for all ranks: none returns from an exchange before the last has come."""
-        self._sum_over_ranks(0.0)
+        self._summed(0.0).tolist()
 
     def close(self) -> None:
         """Drop the model, then the process group.
@@ -159,15 +183,17 @@ class TorchEngine:
         A DDP model that outlives the group destroys it while holding Python's lock, and deadlocks with the
         group's own thread when that is about to release a tensor.
         """
-        del self._replica, self._model, self._optimizer, self._trained
+        del self._replica, self._model, self._optimizer, self._trained, self._stager
         gc.collect()
         dist.destroy_process_group()
 
-    def _distribute(self) -> nn.Module:
+    def _distribute(self, weights: Tensors | None) -> nn.Module:
         if self._sharded:
             shard_model(self._model, self._device, self._compute_type, self._settings.training.zero_stage == 3)
+        self._model.to_empty(device=self._device)
+        fill(self._model, weights, self._settings)
+        if self._sharded or self._placement.world_size == 1:
             return self._model
-        self._model.to(self._device)
         devices = [self._device] if self._device.type == "cuda" else None
         return DistributedDataParallel(self._model, device_ids=devices, gradient_as_bucket_view=True)
 
@@ -186,21 +212,30 @@ class TorchEngine:
         """Return the sum of the cross entropy over a batch's target tokens, in fp32."""
         with self._autocast():
             logits = self._replica(
-                batch.input_ids.to(self._device),
-                batch.documents.to(self._device),
-                batch.positions.to(self._device),
+                self._here(batch.input_ids),
+                self._here(batch.documents),
+                self._here(batch.positions),
+                segments_of(batch.documents),
             )
-        targets = batch.targets.to(self._device)
+        targets = self._here(batch.targets)
         return functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def _sum_over_ranks(self, *values: float) -> tuple[float, ...]:
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(total)
-        return tuple(total.tolist())
+    def _here(self, tensor: Tensor) -> Tensor:
+        """Return a batch's tensor on the device; the copy to a GPU does not wait for what that computes."""
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
-    def _clip(self) -> float:
+    def _summed(self, *values: float | Tensor) -> Tensor:
+        """Return each value's sum over the ranks, float64 on the device."""
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in values])
+        if self._placement.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def _clip(self) -> Tensor:
         """Undo the loss scale, clip, and return the norm before clipping."""
         parameters = list(self._trained.values())
         if self._loss_scale.enabled:
@@ -208,20 +243,25 @@ class TorchEngine:
                 if parameter.grad is not None:
                     parameter.grad.div_(self._loss_scale.value)
         norm = nn.utils.clip_grad_norm_(parameters, self._settings.training.clip_grad_norm or math.inf)
-        return float(whole(norm))
+        return whole(norm)
 
-    def _update(self, loss: float, grad_norm: float, lr: float) -> bool:
-        """Apply the gradient and clear it; return whether the weights changed."""
-        overflowed = not math.isfinite(grad_norm)
-        if not math.isfinite(loss) or (overflowed and not self._loss_scale.enabled):
-            raise FloatingPointError(f"loss {loss} with gradient norm {grad_norm}: training diverged")
-        if not overflowed:
+    def _update(self, loss: float, grad_norm: float, lr: float, accept: Accept) -> Update:
+        """Apply the gradient unless it overflowed or is refused, and clear it."""
+        update = self._decide(loss, grad_norm, accept)
+        if update == "applied":
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
-        self._loss_scale.update(overflowed)
+        if update != "refused":
+            self._loss_scale.update(overflowed=update == "overflow")
         self._optimizer.zero_grad(set_to_none=True)
-        return not overflowed
+        return update
+
+    def _decide(self, loss: float, grad_norm: float, accept: Accept) -> Update:
+        """An overflow is no reason to ask while halving the scale may cure it, which it cannot for the loss."""
+        if self._loss_scale.can_halve and math.isfinite(loss) and not math.isfinite(grad_norm):
+            return "overflow"
+        return "applied" if accept(loss, grad_norm) else "refused"
 
 
 def adamw(trained: dict[str, nn.Parameter], training: TrainingSettings) -> torch.optim.AdamW:

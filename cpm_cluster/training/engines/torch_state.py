@@ -1,32 +1,41 @@
-"""The torch engine's state on disk: whole tensors by parameter name, whatever the ranks or the sharding.
+"""The torch engine's state on disk, whatever the ranks or the sharding: DDP and FSDP2 continue each other's.
 
-DDP and FSDP2 write the same files, so either continues what the other began. All functions are collective.
+Sharded over the ranks (:mod:`sharded_state`): ``model.NAME`` of every trained parameter, ``optimizer.NAME.MOMENT`` of
+every moment. Beside it ``generators-rank-R.pt`` and, from rank 0, ``loss_scale.json``.
 """
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Callable, Mapping
+from zipfile import is_zipfile
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cpm_cluster.training.engines.fsdp import shard_like, whole
+from cpm_cluster.training.engines.fsdp import whole
+from cpm_cluster.training.engines.sharded_state import StagedTensors, read_index, read_tensors_into
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.files import write_atomically
+from cpm_cluster.training.files import write_atomically, write_json
 
-_STEP = "step"
+_MODEL, _OPTIMIZER, _STEP = "model.", "optimizer.", "step"
+_LOSS_SCALE = "loss_scale.json"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return a dictionary of tensors on the CPU, without running code from the file.
+    """Return a dictionary of tensors on the CPU, mapped where torch can (2.1), without running code from the file.
 
     Raises UserError when the file cannot be read or holds anything else.
     """
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        mapped: dict[str, Any] = (
+            {"mmap": True} if "mmap" in signature(torch.load).parameters and is_zipfile(path) else {}
+        )
+        tensors = torch.load(path, map_location="cpu", weights_only=True, **mapped)
     except Exception as error:  # torch raises many kinds here: OSError, UnpicklingError, RuntimeError, …
         raise UserError("cannot read weights from {}: {}".format(path, str(error).split("\n")[0])) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -35,48 +44,79 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_trained(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Write the parameters by name, from rank 0."""
+    """Write the parameters by name, whole, from rank 0. Collective."""
     weights = {name: _on_rank_0(parameter) for name, parameter in parameters.items()}
     if dist.get_rank() == 0:
         write_atomically(path, partial(torch.save, weights))
 
 
-def load_trained(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Copy weights into the parameters; raises UserError when the names or shapes differ."""
-    weights = read_tensors(path)
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if {name: tuple(weight.shape) for name, weight in weights.items()} != expected:
-        raise UserError(f"{path} holds other parameters than this run trains")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(shard_like(weights[name], parameter))
+class StagedTraining:
+    """See :class:`cpm_cluster.training.engines.StagedState`."""
+
+    def __init__(
+        self, directory: Path, rank: int, tensors: StagedTensors, device: torch.device, loss_scale: dict[str, float]
+    ) -> None:
+        """Take this rank's random states beside its tensors."""
+        self._directory, self._rank, self._tensors, self._loss_scale = directory, rank, tensors, loss_scale
+        self._generators = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            self._generators["cuda"] = torch.cuda.get_rng_state(device)
+
+    def write(self) -> list[Path]:
+        """Write tensors, then random states, then the loss scale."""
+        files = self._tensors.write(self._directory)
+        files.append(_generators(self._directory, self._rank))
+        write_atomically(files[-1], partial(torch.save, self._generators))
+        if self._rank == 0:
+            files.append(self._directory / _LOSS_SCALE)
+            write_json(files[-1], self._loss_scale)
+        return files
+
+    def gather_index(self) -> Callable[[], list[Path]]:
+        """Gather where the tensors lie."""
+        return self._tensors.gather_index(self._directory)
 
 
-def save_optimizer(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Write the optimizer's moments under ``NAME/MOMENT``, from rank 0."""
-    moments = {
-        f"{name}/{key}": _on_rank_0(value)
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-    }
-    if dist.get_rank() == 0:
-        write_atomically(path, partial(torch.save, moments))
+def training_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return parameters and moments under their names on disk, without copying them."""
+    tensors = {_MODEL + name: parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for moment, value in sorted(optimizer.state[parameter].items()):
+            tensors[f"{_OPTIMIZER}{name}.{moment}"] = value
+    return tensors
 
 
-def load_optimizer(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Restore the moments; the step count stays whole and on the CPU, as AdamW keeps it."""
-    for name_and_key, value in read_tensors(path).items():
-        name, _, key = name_and_key.rpartition("/")
+def load_training_tensors(
+    directory: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Fill the parameters and give the optimizer the moments that were saved, none where none were.
+
+    Raises UserError when names or shapes of the parameters differ.
+    """
+    index = read_index(directory)
+    saved = {name: tuple(entry.size) for name, entry in index.state_dict_metadata.items()}
+    tensors = {_MODEL + name: parameter.detach() for name, parameter in parameters.items()}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {
+        name: shape for name, shape in saved.items() if name.startswith(_MODEL)
+    }:
+        raise UserError(f"{directory} holds other parameters than this run trains")
+    earlier = dict(optimizer.state)
+    optimizer.state.clear()
+    for name_on_disk in sorted(saved.keys() - tensors.keys()):
+        name, _, moment = name_on_disk[len(_OPTIMIZER) :].rpartition(".")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value if key == _STEP else shard_like(value, parameter)
+        # AdamW keeps the number of steps whole and on the CPU, the moments like the parameter.
+        value = earlier.get(parameter, {}).get(moment)
+        if value is None:
+            value = torch.zeros(()) if moment == _STEP else torch.zeros_like(parameter.detach())
+        optimizer.state[parameter][moment] = tensors[name_on_disk] = value
+    read_tensors_into(directory, index, tensors)
 
 
-def save_generators(directory: Path, rank: int, device: torch.device) -> None:
-    """Write this rank's random states."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    write_atomically(_generators(directory, rank), partial(torch.save, states))
+def load_loss_scale(directory: Path) -> dict[str, float]:
+    """Return what was staged of the loss scale."""
+    state: dict[str, float] = json.loads((directory / _LOSS_SCALE).read_text(encoding="utf-8"))
+    return state
 
 
 def load_generators(directory: Path, rank: int, device: torch.device) -> None:

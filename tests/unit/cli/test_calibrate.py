@@ -1,88 +1,101 @@
-"""`cpm plan --calibrate`: from the records of runs to the file that later plans use."""
+"""cpm calibrate: three runs one after the other, and what they come to. The scheduler and its machine are fakes."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
+from made_runs import MadeRun
 
-from cpm_cluster.cli.calibrate import calibrate_runs, calibration_for, folder, planned_beside_measured
-from cpm_cluster.planner.answer import answer
-from cpm_cluster.planner.calibrate import CalibrationError
-from cpm_cluster.planner.gpu_memory import gpu_memory
-from cpm_cluster.planner.job_setup import job_setup
-from cpm_cluster.planner.memory_constants import MIB
-from cpm_cluster.planner.step_time import step_time
-from cpm_cluster.specs.catalogue import default_catalogue, packaged_jobs
-from cpm_cluster.specs.compose import load_job
+from cpm_cluster.calibration.planned import recorded_setup
+from cpm_cluster.cli import exit_codes
+from cpm_cluster.cli.main import main
+from cpm_cluster.planner import cpu
+from cpm_cluster.runs.measured import predicted
+from cpm_cluster.runs.run import Run, Submission
+from cpm_cluster.schedulers import local
 
 
-@pytest.fixture(autouse=True)
-def _own_config(tmp_path, monkeypatch):
+class Records(MadeRun):
+    """Those of a run that is there already."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+
+class FakeScheduler:
+    """Runs end as soon as they are submitted, with the exit codes in `codes`, at a third of the usual speed."""
+
+    codes: list[int] = []
+
+    def require(self, plan) -> str:
+        return ""
+
+    def submit(self, run: Run) -> Submission:
+        setup = recorded_setup(predicted(run) or {})
+        assert setup is not None
+        step, host = cpu.step_time(setup), cpu.host_memory(setup).binding.bytes
+        peaks = {"kind": "sample", "time": 1.0, "peaks": {"rss_bytes": host}}
+        rows = [{"step": i, "time": 3 * i * step.seconds, "tokens_seen": i * step.tokens} for i in range(12)]
+        records = Records(run).submitted().phase("training").exited(self.codes.pop(0))
+        records.file("telemetry/n1.jsonl", json.dumps(peaks) + "\n")
+        records.file("metrics.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
+        return Submission("local", "1", "here")
+
+    def is_alive(self, run: Run, submission: Submission) -> bool:
+        return False
+
+
+@pytest.fixture
+def calibrate(capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(local, "Scheduler", FakeScheduler)
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\nmodel: cpm-tiny\ncluster: local\nprofile: cpu-2\nengine: torch\ndata: {train: /none/rows.jsonl}\n"
+        "training: {seq_len: 256, precision: fp32, zero_stage: 0}\n",
+        "utf-8",
+    )
+
+    def run(*codes: int) -> tuple[int, str, str]:
+        monkeypatch.setattr(FakeScheduler, "codes", list(codes))
+        with pytest.raises(SystemExit) as ended:
+            main(["calibrate", "mine.yaml"])
+        said = capsys.readouterr()
+        return ended.value.code, said.out, said.err
+
+    return run
 
 
-@pytest.fixture
-def spec(tmp_path):
-    return load_job(packaged_jobs() / "full_10b.yaml", (), default_catalogue(tmp_path, tmp_path), "slurm")
+def test_three_runs_come_to_a_calibration_that_the_next_plan_uses(calibrate, capsys, tmp_path: Path) -> None:
+    code, text, _ = calibrate(0, 0, 0)
+    assert code == exit_codes.OK
+    assert re.findall(r"^run (\d) of 3: (\d) of 4 layers, micro batch (\d)", text, re.M) == [
+        ("1", "2", "1"),
+        ("2", "4", "1"),
+        ("3", "2", "2"),
+    ]
+    assert re.search(r"^calibrated on 3 runs \(full\) of ddp on cpu, no image, .*: host memory .*, speed", text, re.M)
+    assert re.search(r"^speed +compute × 2\.9\d, .*3 run\(s\), residual 0\.\d%$", text, re.M)
+    assert "there was no GPU: this holds for jobs on CPUs alone" in text
+    assert f"written to {tmp_path}/config/cpm-cluster/calibration/no-image-cpu-ddp.yaml" in text
+    with pytest.raises(SystemExit):
+        main(["plan", "mine.yaml"])
+    assert re.search(r"^step .* × 1,000 steps; [\d,]+ tokens/s a rank", capsys.readouterr().out, re.M)
 
 
-@pytest.fixture
-def ended_run(made_run, spec):
-    """A run that needed so many times what was planned, at such a part of the speed."""
-
-    def make(run_id, memory=1.0, slowness=1.0, **change):
-        setup = replace(job_setup(spec), **change)
-        run = made_run(run_id).submitted().phase("training").exited(0)
-        plan = {"image": spec.image.tag, "setup": asdict(setup), **asdict(answer(spec))}
-        run.file("fit.json", json.dumps(plan))
-        used = memory * gpu_memory(setup).binding.bytes / MIB
-        peaks = {"gpus": {"a": {"used_mib": round(used), "total_mib": 81_251}}, "rss_bytes": 50 * 10**9}
-        run.file("telemetry/n1.jsonl", json.dumps({"kind": "sample", "time": 1.0, "peaks": peaks}) + "\n")
-        step = step_time(setup)
-        records = [
-            json.dumps({"step": i, "time": i * step.seconds * slowness, "tokens_seen": i * step.tokens})
-            for i in range(12)
-        ]
-        run.file("metrics.jsonl", "\n".join(records) + "\n")
-        return run.run
-
-    return make
+def test_a_run_that_fails_is_left_out_and_said_to_be_missed(calibrate) -> None:
+    code, text, _ = calibrate(0, 1, 0)
+    assert code == exit_codes.OK
+    assert re.search(r"^left out: mine-calibration-\S+: is failed", text, re.M)
+    assert "so few may make plans of other configurations worse" in text
+    assert "three runs or more" in text
 
 
-def test_a_later_plan_finds_the_calibration_of_its_image_gpu_and_engine(ended_run, spec):
-    run = ended_run("job-20260102-030405-0001", memory=1.1, slowness=1.5)
-    lines = list(calibrate_runs((run.id,), run.files.root.parent))
-    assert lines[0].startswith("calibrated on 1 run (full) of bmtrain on a100-80g")
-    assert re.search(r"speed +compute × 1\.[1-5]", "\n".join(lines))
-    assert lines[-1] == f"written to {folder()}/{next(folder().iterdir()).name}"
-    found = calibration_for(spec)
-    assert found is not None
-    assert found.runs == (run.id,)
-    assert calibration_for(replace(spec, image=None)) is None
-
-
-def test_runs_that_cannot_be_used_are_named(ended_run, made_run):
-    good = ended_run("job-20260102-030405-0001")
-    failed = made_run("job-20260102-030405-0002").submitted().exited(1).run
-    bare = made_run("job-20260102-030405-0003").submitted().exited(0).run
-    alien = ended_run("job-20260102-030405-0004", memory=0.1)
-    lines = "\n".join(calibrate_runs((good.id, failed.id, bare.id, alien.id), good.files.root.parent))
-    assert f"left out: {failed.id}: is failed" in lines
-    assert f"left out: {bare.id}: fit.json keeps no setup" in lines
-    assert f"left out: {alien.id}: its GPU memory is" in lines
-
-
-def test_without_a_usable_run_nothing_is_written(made_run):
-    run = made_run("job-20260102-030405-0002").submitted().exited(1).run
-    with pytest.raises(CalibrationError, match=f"{run.id}: is failed"):
-        list(calibrate_runs((run.id,), run.files.root.parent))
-    assert not folder().exists()
-
-
-def test_planned_is_shown_beside_measured(ended_run):
-    lines = list(planned_beside_measured(ended_run("job-20260102-030405-0001")))
-    assert [line.partition(":")[0] for line in lines] == ["GPU memory", "host memory"]
-    assert re.fullmatch(r"GPU memory: planned .+ \(.+ to .+\), used .+ \([+-]\d+%\)", lines[0])
+def test_where_all_fail_nothing_is_calibrated(calibrate, tmp_path: Path) -> None:
+    code, text, errors = calibrate(1, 1, 1)
+    assert code == exit_codes.FAILED
+    assert "nothing was calibrated" in errors and text.count("says why") == 3
+    assert not (tmp_path / "config").exists()

@@ -97,6 +97,18 @@ class TestJson:
         assert (tmp_path / "mine.yaml").read_text() == "precious"
 
 
+class TestCalibrate:
+    def test_says_what_would_run(self, capsys) -> None:
+        code, text, _ = run(capsys, "calibrate", str(JOBS / "full_10b.yaml"), "--dry-run")
+        assert code == exit_codes.OK
+        assert re.fullmatch(r"(\d+ of 32 layers, micro batch [12], 4096 tokens: \d+ steps\n){3}", text)
+
+    def test_of_a_program_of_the_users_own_is_refused(self, capsys) -> None:
+        code, _, errors = run(capsys, "calibrate", str(JOBS / "infer_10b.yaml"))
+        assert code == exit_codes.BAD_INPUT
+        assert "its program is its own" in errors
+
+
 class TestSuggest:
     def test_prints_a_table_and_how_to_type_its_first_line(self, capsys) -> None:
         code, text, _ = run(capsys, "plan", str(JOBS / "full_10b.yaml"), "--suggest", "--objective", "gpus")
@@ -174,9 +186,22 @@ class TestSubmission:
         (run_dir,) = (path for path in (tmp_path / "runs").iterdir() if path.is_dir())
         assert json.loads((run_dir / "provenance.json").read_text())["forced"] == []
 
-    def test_of_a_program_of_the_users_own_nothing_is_said(self, capsys, tmp_path: Path) -> None:
-        words = (str(JOBS / "infer_100b.yaml"), "--set", f"code={tmp_path}", "--export", "x.sbatch")
+    def test_of_a_program_that_is_not_described_nothing_is_said(self, capsys, tmp_path: Path) -> None:
+        text = (JOBS / "infer_100b.yaml").read_text("utf-8")
+        (tmp_path / "mine.yaml").write_text(re.sub(r"^workload:.*\n", "", text, flags=re.M), "utf-8")
+        words = ("mine.yaml", "--set", f"code={tmp_path}", "--export", "x.sbatch")
         assert run(capsys, *words, program=submit_main)[::2] == (exit_codes.OK, "")
+
+    def test_of_a_program_that_is_described_the_verdict_says_so(self, capsys, tmp_path: Path) -> None:
+        words = (str(JOBS / "infer_100b.yaml"), "--set", f"code={tmp_path}", "--export", "x.sbatch")
+        assert run(capsys, *words, program=submit_main)[2].startswith("fits, as workload describes it: GPU memory 2")
+
+    def test_what_a_described_program_lacks_is_said_with_whose_word_it_is(self, capsys, tmp_path: Path) -> None:
+        words = (str(JOBS / "infer_100b.yaml"), "--set", f"code={tmp_path}", "--set", "resources.gpus_per_node=1")
+        code, _, errors = run(capsys, *words, program=submit_main)
+        assert code == exit_codes.DOES_NOT_FIT
+        assert "GPU memory: 2" in errors and "as the job's workload describes its program" in errors
+        assert "no three changes" not in errors
 
     def test_of_a_tight_job_is_warned_of(self, capsys, tmp_path: Path) -> None:
         tight = ("profile=minimal-train-10b", "training.offload_optimizer=true", f"code={tmp_path}")

@@ -137,6 +137,12 @@ class TestMounts:
             f"type=bind,source={folder},target={folder},readonly" for folder in ("/corpus/a", "/corpus/b", "/weights")
         ]
 
+    @pytest.mark.parametrize("pattern", ["*.jsonl", "*/rows.jsonl", "**/*.jsonl", "2023-[01]?/a/b.jsonl"])
+    def test_a_pattern_is_seen_from_the_folder_before_its_first_wildcard_on(self, pattern: str, tmp_path: Path) -> None:
+        job = MINIMAL.replace("/data/rows.jsonl", f"'/corpus/a/{pattern}'")
+        mounts = options_of(_plan(tmp_path, "runtime=docker", job=job), "mount")
+        assert mounts[2:] == ["type=bind,source=/corpus/a,target=/corpus/a,readonly"]
+
     def test_a_path_below_a_mount_is_one_inside_the_container(self) -> None:
         mounts = options_of(packaged("lora_100b").plan, "mount")
         assert mounts == [

@@ -54,7 +54,7 @@ class TestGroups:
             if component.bytes
         }
         assert by_name["master copy and moments"]["whole"] == pytest.approx(0, abs=8)
-        assert by_name["gathered embeddings, their gradients"]["sharded"] == 0
+        assert by_name["the head, gathered, and its gradient"]["sharded"] == 0
         assert by_name["logits"]["whole"] == pytest.approx(0, abs=8)
         assert by_name["logits"]["activations"] > 1e9
         assert by_name["CUDA context"]["constant"] > 0

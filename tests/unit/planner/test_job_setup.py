@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,9 @@ class TestRun:
 
     def test_without_gpus_none_is_named(self) -> None:
         setup = setup_of(packaged("quickstart"))
-        assert (setup.gpu, setup.gpu_memory_mib, setup.dp) == ("", 0, 2)
+        assert (setup.gpu, setup.gpu_memory_mib, setup.dp) == ("cpu", 0, 2)
 
     def test_of_a_program_of_the_users_own_nothing_is_known(self, tmp_path: Path) -> None:
-        assert job_setup(packaged("sft_cpm9g_command")) is None
+        assert job_setup(replace(packaged("sft_cpm9g_command"), workload=None)) is None
         bare = SMALL.replace("data:", "engine: command\ncommand: [x]\nenv: {A: b}\n#").replace("model:", "#")
         assert job_setup(small(tmp_path, job=bare)) is None

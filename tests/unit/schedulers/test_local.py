@@ -46,10 +46,11 @@ def test_another_python_is_its_owners_business_and_a_command_needs_none(plan, ma
 def test_a_file_that_is_not_there_is_missed(plan, tmp_path, key):
     there, missing = tmp_path / "there", tmp_path / "missing"
     there.touch()
-    named = {"data": {"train": [str(there), "builtin:python-reference"], "eval": []}, "tokenizer": "bytes"}
+    train = [{"path": str(there)}, {"path": "builtin:python-reference"}]
+    named = {"data": {"train": train, "eval": []}, "tokenizer": "bytes"}
     open_scheduler("local").require(plan(**named))
     if key in named["data"]:
-        named["data"][key].append(str(missing))
+        named["data"][key].append({"path": str(missing)})
     else:
         named[key] = str(missing)
     with pytest.raises(RunError, match=f"the job names {missing}, which is not there or cannot be read"):

@@ -311,6 +311,11 @@ def test_a_tokenizer_is_found_by_name(load, cpu_job, catalogue):
     assert load(cpu_job + "tokenizer: bytes\n").tokenizer == "bytes"
 
 
+@pytest.mark.parametrize("path", ["tokenizer.json", "./folder", "llama/tokenizer.json"])
+def test_a_tokenizer_of_hugging_face_is_a_file_or_a_folder(load, cpu_job, tmp_path, path):
+    assert load(cpu_job + f"tokenizer: {path}\n").tokenizer == str(tmp_path / path)
+
+
 def test_the_warning_of_a_profile_reaches_the_job(load):
     job = GPU_JOB.replace("full-64x80g", "minimal-1x80g")
 

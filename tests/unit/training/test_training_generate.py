@@ -1,64 +1,148 @@
-"""Sampling: repeatable, ends at the end token, calls a collective forward equally often on every rank."""
+"""The program generate: an answer for every prompt, in their order, and none twice."""
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 
-from cpm_cluster.training.generate import continue_text, draw
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.generation import read_prompts
+from cpm_cluster.training.model import CPM, initialise
+from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.timeout(90)
+
 BYTES = load_tokenizer("bytes")
+PROMPTS = ["who?", "", "a longer question than the others", "x", "who?"]
 
 
-def always(*texts_or_ids):
-    """Return a model that prefers the given tokens in turn, and a list that counts its calls."""
-    wanted = [BYTES.encode(item)[0] if isinstance(item, str) else item for item in texts_or_ids]
-    calls: list[list[int]] = []
+@pytest.fixture
+def generate_run(tiny_run, tmp_path):
+    """Make runs of task generate on random weights that are large enough to say something."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"input": text, "id": number}) + "\n" for number, text in enumerate(PROMPTS)))
 
-    def logits(ids):
-        calls.append(list(ids))
-        result = torch.zeros(BYTES.size)
-        result[wanted[min(len(calls), len(wanted)) - 1]] = 50.0
-        return result
+    def make(name: str, **changes):
+        generation = {"prompts": str(prompts), "batch": 2, "max_tokens": 9, "temperature": 1.0, "top_p": 0.9}
+        weights = tmp_path / "weights.pt"
+        run = tiny_run(
+            name,
+            **{"task": "generate", "init_from": str(weights), "generation": generation, "data.train": [], **changes},
+        )
+        run.change("training.seq_len", 64)
+        if not weights.exists():
+            torch.manual_seed(0)
+            model = CPM(parse_settings(run.raw).model)
+            initialise(model)
+            torch.save({key: 3 * weight for key, weight in model.state_dict().items()}, weights)
+        return run
 
-    return logits, calls
-
-
-def test_the_model_continues_the_prompt():
-    logits, calls = always("y", "o", BYTES.eos)
-
-    assert continue_text(logits, BYTES, "hi", 3, 0.8, seed=1) == "yo"
-    assert calls[0] == [1, *BYTES.encode("hi")]
-    assert calls[2] == [1, *BYTES.encode("hiyo")]
-
-
-def test_the_forward_is_called_max_tokens_times_even_after_the_end():
-    logits, calls = always(BYTES.eos)
-
-    assert continue_text(logits, BYTES, "hi", 5, 0.8, seed=1) == ""
-    assert len(calls) == 5
+    return make
 
 
-def test_equal_seeds_draw_equal_texts():
-    def flat(ids):
-        return torch.zeros(BYTES.size)
+def test_answers_do_not_depend_on_ranks_batches_or_sharding(generate_run):
+    alone = generate_run("alone", expected_world_size=1)
+    ranks = generate_run("ranks", **{"generation.batch": 1})
+    sharded = generate_run("sharded", **{"training.zero_stage": 3})
 
-    first, again, other = (continue_text(flat, BYTES, "", 20, 1.0, seed) for seed in (1, 1, 2))
+    assert alone.train(world_size=1) == [0]
+    assert ranks.train() == [0, 0]
+    assert sharded.train() == [0, 0], sharded.log()
 
-    assert first == again != other
+    answers = alone.lines("generated.jsonl")
+    assert [answer["input"] for answer in answers] == PROMPTS
+    assert answers == ranks.lines("generated.jsonl") == sharded.lines("generated.jsonl")
+    assert answers[0]["output"] != answers[4]["output"]  # the seed is that of the prompt's place
+    assert all(set(answer) == {"input", "output", "finish", "tokens"} for answer in answers)
+    assert all((answer["finish"] == "length") == (answer["tokens"] == 9) for answer in answers)
+    assert sharded.json("outcome.json")["outcome"] == "finished"
+    progress = sharded.json("progress.json")
+    assert (progress["phase"], progress["step"], progress["steps"]) == ("done", 5, 5)
+    assert alone.log().splitlines()[-1] == "finished after 5 of 5 prompts"
 
 
-def test_unlikely_tokens_are_never_drawn():
-    logits = torch.log(torch.tensor([0.6, 0.37, 0.02, 0.01]))
-    generator = torch.Generator().manual_seed(0)
+def test_what_an_earlier_attempt_answered_is_kept_and_the_rest_is_done(generate_run):
+    run = generate_run("run")
+    run.ask_to_stop()
+    assert run.train(torchrun=True) == [0, 0]
+    assert run.json("outcome.json")["outcome"] == "stopped"
+    assert not (run.directory / "generated.jsonl").exists()
+    earlier = {"number": 3, "input": "x", "output": "answered before", "finish": "stop", "tokens": 2}
+    torn = json.dumps({**earlier, "number": 1})[:40]
+    (run.directory / "generated/rank-7.jsonl").write_text(json.dumps(earlier) + "\n" + torn)
 
-    drawn = [draw(logits, 1.0, generator) for _ in range(2000)]
+    run.withdraw_stop()
+    assert run.train(world_size=1, expected_world_size=1) == [0]
 
-    assert set(drawn) == {0, 1}
-    assert 0.57 < drawn.count(0) / 2000 < 0.67
+    answers = run.lines("generated.jsonl")
+    assert [answer["input"] for answer in answers] == PROMPTS
+    assert [answer["output"] == "answered before" for answer in answers] == [False, False, False, True, False]
+
+    assert run.train(world_size=1, seed=8) == [2]
+    assert "holds answers to other prompts, or of another model" in run.json("errors/rank-0.json")["message"]
 
 
-def test_temperature_zero_takes_the_best():
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "bmtrain"}, "task generate runs on engine torch, not on bmtrain; write engine: torch"),
+        ({"init_from": None}, "init_from: task generate needs trained weights"),
+        (
+            {"method": {"kind": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["project_q"]}},
+            "fold the updates into them first (cpm export --merge)",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_said_in_a_sentence(generate_run, changes, message):
+    run = generate_run("run", expected_world_size=1, **changes)
 
-    assert {draw(torch.tensor([1.0, 1.1, 0.9]), 0, generator) for _ in range(20)} == {1}
+    assert run.train(world_size=1) == [2]
+
+    assert message in run.json("errors/rank-0.json")["message"]
+
+
+def test_the_task_must_be_the_programs(generate_run, capsys, monkeypatch):
+    from cpm_cluster.training.finetune import main
+
+    monkeypatch.delenv("RANK", raising=False)
+
+    assert main([generate_run("run").write_settings()]) == 2
+    assert "task is generate: start the program cpm_cluster.training.generate" in capsys.readouterr().err
+
+
+def test_all_broken_prompts_are_listed_with_their_places(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"input": "x"}\n{"question": "x"}\n\n{"input": 3}\n[1]\n{"input": "\xff"}\n{"input"')
+
+    with pytest.raises(UserError) as caught:
+        read_prompts(str(path), BYTES, 48)
+
+    message = str(caught.value)
+    assert "the data have 6 problem(s)" in message
+    assert f'{path}:2: has no "input"' in message and f"{path}:3: is not JSON: the line is blank" in message
+    assert f'{path}:4: "input" is not a text' in message and f"{path}:5: is not an object" in message
+    assert f"{path}:6: is not UTF-8 from byte 12 on" in message and f"{path}:7: is not JSON" in message
+
+
+def test_prompts_without_room_for_an_answer_are_listed(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"input": "x" * length}) + "\n" for length in (30, 3, 40)))
+
+    with pytest.raises(UserError) as caught:
+        read_prompts(str(path), BYTES, 30)
+
+    assert str(caught.value).count("tokens, and training.seq_len is 30") == 2
+    assert f"{path}:1: the prompt has 43 tokens" in str(caught.value)
+    assert len(read_prompts(str(path), BYTES, 53)) == 3
+
+
+def test_a_file_that_is_missing_or_empty_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+
+    with pytest.raises(UserError, match="nowhere.jsonl: cannot be read: No such file"):
+        read_prompts(str(tmp_path / "nowhere.jsonl"), BYTES, 48)
+    with pytest.raises(UserError, match="empty.jsonl: is empty"):
+        read_prompts(str(tmp_path / "empty.jsonl"), BYTES, 48)

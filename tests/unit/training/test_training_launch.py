@@ -67,6 +67,9 @@ def test_each_rank_says_where_it_runs_and_the_first_says_how_it_goes(tiny_run):
         assert re.fullmatch(rf"{where} torch {re.escape(torch.__version__)}", first_line)
     step = r"step {}/6 loss \d\.\d{{4}} lr \d\.\d\de-\d\d grad_norm \d+\.\d{{3}} tokens/s \d+"
     expected = [
+        r"train data: 7 samples of \d+ tokens",
+        r"eval data: 7 samples of \d+ tokens",
+        r"attention: \w+( \(.*\))?",
         step.format(2),
         step.format(3) + r" eval_loss \d\.\d{4}",
         step.format(4),

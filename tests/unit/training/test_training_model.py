@@ -8,12 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cpm_cluster.training.attention import (
-    packed_layout,
-    plain_attention,
-    rotary_angles,
-    rotate,
-)
+from cpm_cluster.training.attention import rotary_angles, rotate
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.layers import RMSNorm
 from cpm_cluster.training.lora import attach_lora, merge_lora
@@ -94,17 +89,6 @@ def test_documents_in_one_row_do_not_see_each_other(make_model):
 
     torch.testing.assert_close(packed[:4], logits_of(model, first), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(packed[4:], logits_of(model, second), atol=1e-6, rtol=1e-5)
-
-
-def test_fused_attention_equals_the_formula():
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 4, 7, 8) for _ in range(3))
-    documents = torch.tensor([[0, 0, 0, 1, 1, 2, -1], [0, 1, 1, 1, 1, -1, -1]])
-    visible = packed_layout(documents, torch.zeros_like(documents), 8, 1e4).visible
-
-    fused = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-
-    torch.testing.assert_close(plain_attention(query, key, value, visible), fused)
 
 
 def test_grouped_queries_equal_repeated_key_heads(make_model):

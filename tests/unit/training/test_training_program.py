@@ -56,7 +56,7 @@ def test_the_group_must_contain_every_rank_once_with_the_same_settings():
 
 
 def test_an_unknown_engine_is_refused_by_name(tiny_settings):
-    with pytest.raises(UserError, match="engine: expected torch, got abacus"):
+    with pytest.raises(UserError, match="engine: expected bmtrain or torch, got abacus"):
         open_engine(tiny_settings(engine="abacus"), Placement(0, 1, 0))
 
 
@@ -75,7 +75,7 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_thousand_clean_st
     assert resumed.value == start
 
 
-def test_an_overflowing_gradient_skips_an_fp16_step_but_a_loss_that_is_no_number_ends_the_run(tiny_settings):
+def test_an_fp16_overflow_halves_the_scale_until_it_cannot_and_only_then_is_the_guard_asked(tiny_settings):
     tokenizer = load_tokenizer("bytes")
     batch = collate([[encode_row(Row("", "the cat sat"), tokenizer)]], 48)
     engine = TorchEngine(tiny_settings(), Placement(0, 1, 0))
@@ -83,18 +83,41 @@ def test_an_overflowing_gradient_skips_an_fp16_step_but_a_loss_that_is_no_number
     engine._loss_scale = LossScale(enabled=True)  # a CPU does not compute in fp16
     embedding = engine._trained["input_embedding.weight"]
     before = embedding.clone()
+    asked = []
+
+    def step():
+        return engine.train_step([batch], 1e-2, lambda loss, norm: asked.append((loss, norm)), lambda: False)
 
     hook = embedding.register_hook(lambda gradient: gradient * math.inf)
-    skipped = engine.train_step([batch], 1e-2)
+    overflowed = step()
+    assert overflowed.update == "overflow" and asked == []
+    halved = step()
+    assert halved.loss_scale == overflowed.loss_scale / 2
+    engine._loss_scale.restore({"value": 1.0, "clean_steps": 0})
+    assert step().update == "refused" and len(asked) == 1 and not math.isfinite(asked[0][1])
     hook.remove()
-    assert skipped.grad_norm is None and torch.equal(embedding, before)
-    taken = engine.train_step([batch], 1e-2)
-    assert taken.loss_scale == skipped.loss_scale / 2 and not torch.equal(embedding, before)
-
     with torch.no_grad():
-        embedding.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="training diverged"):
-        engine.train_step([batch], 1e-2)
+        engine._trained["encoder.output_layernorm.weight"].fill_(math.nan)
+    assert step().update == "refused" and math.isnan(asked[1][0])
+    assert torch.equal(embedding, before)
+    engine.close()
+
+
+def test_what_the_guard_refuses_leaves_weights_moments_and_scale_alone(tiny_settings):
+    batch = collate([[encode_row(Row("", "the cat sat"), load_tokenizer("bytes"))]], 48)
+    engine = TorchEngine(tiny_settings(), Placement(0, 1, 0))
+    engine.build()
+    engine.train_step([batch], 1e-2, lambda loss, norm: True, lambda: False)
+    before = {name: weight.clone() for name, weight in engine._trained.items()}
+
+    refused = engine.train_step([batch], 1e-2, lambda loss, norm: False, lambda: True)
+    assert (refused.update, refused.stop) == ("refused", True)
+    assert all(torch.equal(weight, before[name]) for name, weight in engine._trained.items())
+
+    applied = engine.train_step([batch], 1e-2, lambda loss, norm: True, lambda: False)
+    assert (applied.update, applied.stop, applied.loss) == ("applied", False, refused.loss)
+    assert applied.grad_norm == refused.grad_norm  # nothing of the refused gradients was left
+    assert not torch.equal(engine._trained["input_embedding.weight"], before["input_embedding.weight"])
     engine.close()
 
 

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_ranks import finish, wait_for
 
 from cpm_cluster.training import merge_delta
+from cpm_cluster.training.engines.sharded_state import read_index
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -65,7 +66,7 @@ def test_tensorboard_draws_each_step_once_even_after_a_resume(tiny_run):
     run = tiny_run(**{"training.steps": 6, "training.checkpoint.every": 2})
     assert run.train() == [0, 0]
     # The run died after step 6, its newest whole checkpoint is step 4.
-    (run.directory / "checkpoints/step-00000006/trained.pt").write_bytes(b"torn")
+    (run.directory / "checkpoints/step-00000006/__0_0.distcp").write_bytes(b"torn")
 
     assert run.train() == [0, 0]
 
@@ -85,11 +86,11 @@ def test_a_stopped_and_resumed_run_ends_bit_for_bit_like_a_straight_one(tiny_run
     assert straight.train() == [0, 0], straight.log()
 
     assert halved.train() == [0, 0]
-    damaged = halved.directory / "checkpoints/step-00000006/optimizer.pt"
+    damaged = halved.directory / "checkpoints/step-00000006/__1_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-7])
     assert halved.train() == [0, 0], halved.log()
 
-    assert "step-00000006 is not used: optimizer.pt is not what was written" in halved.log()
+    assert "step-00000006 is not used: __1_0.distcp is not what was written" in halved.log()
     assert halved.losses == straight.losses
     assert_same_tensors(halved.tensors("weights/delta.pt"), straight.tensors("weights/delta.pt"))
 
@@ -102,7 +103,8 @@ def test_a_lora_checkpoint_holds_the_delta_alone(tiny_run):
 
     layer = "encoder.layers.{}.self_att.self_attention.project_v.lora.lora_{}"
     expected = {layer.format(number, factor) for number in (0, 1) for factor in "AB"}
-    assert set(run.tensors("checkpoints/step-00000006/trained.pt")) == expected
+    saved = read_index(run.directory / "checkpoints/step-00000006").state_dict_metadata
+    assert {name[len("model.") :] for name in saved if name.startswith("model.")} == expected
     assert set(run.tensors("weights/delta.pt")) == expected
     assert run.losses[-1] < run.losses[0]
 
@@ -250,6 +252,42 @@ def test_bad_data_are_named_by_line_before_the_first_step(tiny_run):
     assert f'{bad}:4: has no "output"' in message
 
 
+def test_patterns_and_weighted_sources_are_resumed_on_another_number_of_ranks(tiny_run):
+    sources = {}
+    for name in ("straight", "halved"):
+        run = sources[name] = tiny_run(name, task="pretrain", **{"training.steps": 8, "training.checkpoint.every": 4})
+        (run.directory / "few.jsonl").write_text(json.dumps({"input": "", "output": "a long one " * 20}) + "\n")
+        (run.directory / "data.jsonl").write_text(
+            "".join(json.dumps({"input": "", "output": f"text {number}"}) + "\n" for number in range(30))
+        )
+        patterns = [{"path": str(run.directory / "d*.jsonl"), "weight": 3.0}]
+        run.change("data.train", [*patterns, {"path": str(run.directory / "few.jsonl"), "weight": 1.0}])
+        run.change("data.eval", [{"path": str(run.directory / "[df]*.jsonl"), "weight": None}])
+    straight, halved = sources["straight"], sources["halved"]
+    assert straight.train() == [0, 0], straight.log()
+
+    assert halved.train() == [0, 0]
+    (halved.directory / "checkpoints/step-00000008/manifest.json").unlink()
+    halved.change("training.grad_accum", 2)
+    assert halved.train(world_size=1, expected_world_size=1) == [0], halved.log()
+
+    assert halved.losses == pytest.approx(straight.losses, abs=2e-4)
+    assert halved.lines("metrics.jsonl")[-1]["tokens_seen"] == straight.lines("metrics.jsonl")[-1]["tokens_seen"]
+    assert "train data: 35 samples" in straight.log()
+    assert straight.lines("metrics.jsonl")[-1]["epoch"] >= 2
+
+
+def test_a_run_does_not_go_on_with_other_data(tiny_run):
+    run = tiny_run()
+    assert run.train() == [0, 0]
+    with open(run.directory / "data.jsonl", "a") as file:
+        file.write(json.dumps({"input": "", "output": "one more"}) + "\n")
+
+    assert run.train() == [2, 2]
+
+    assert "the training data (files, weights, tokenizer, seq_len or seed) are not those of the checkpoint" in run.log()
+
+
 def test_an_unexpected_error_keeps_its_traceback_and_place(tiny_run):
     run = tiny_run(**{"training.lr": 1e30, "training.warmup_steps": 0, "training.clip_grad_norm": 1e30})
 
@@ -257,7 +295,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_place(tiny_run):
 
     error = run.json("errors/rank-0.json")
     assert error["type"] == "FloatingPointError" and error["user_error"] is False
-    assert error["file"].endswith("torch_engine.py") and error["line"] > 0
+    assert error["file"].endswith("guard.py") and error["line"] > 0
     assert "Traceback" in run.log()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from hypothesis import strategies as st
 from cpm_cluster.training.build_vocabulary import build_vocabulary
 from cpm_cluster.training.corpus import PYTHON_REFERENCE, read_rows
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from cpm_cluster.training.tokenizer import SPECIAL_TOKENS, CpmTokenizer, load_tokenizer
 
 SHIPPED = Path(__file__).parents[3] / "configs/tokenizers/python-reference.txt"
 BYTES = load_tokenizer("bytes")
-PIECES = Tokenizer([*SPECIAL_TOKENS, "a", "ab", "abcd", " the", "<用户>", "<A"])
+PIECES = CpmTokenizer([*SPECIAL_TOKENS, "a", "ab", "abcd", " the", "<用户>", "<A"])
 TOKENIZERS = {"bytes": BYTES, "pieces": PIECES, "shipped": load_tokenizer(str(SHIPPED))}
 
 
@@ -30,6 +31,44 @@ def test_any_text_survives_the_round_trip(name, text):
 
     assert tokenizer.decode(ids) == text
     assert all(0 <= number < tokenizer.size for number in ids)
+
+
+def longest_match(tokens: list[str], text: str) -> list[int]:
+    """Say what greedy longest match with byte fallback is, as plainly as possible."""
+    pieces = [token for token in tokens if token and token not in SPECIAL_TOKENS]
+    ids = []
+    while text:
+        fitting = [piece for piece in pieces if text.startswith(piece)]
+        longest = max(fitting, key=len, default="")
+        if longest:
+            ids.append(tokens.index(longest))
+        else:
+            ids.extend(tokens.index(f"<0x{byte:02X}>") for byte in text[0].encode())
+        text = text[len(longest) or 1 :]
+    return ids
+
+
+@given(st.lists(st.text("ab用 <", max_size=5), max_size=12, unique=True), st.text("abc用 <s>", max_size=40))
+def test_text_is_cut_as_the_plain_definition_says(pieces, text):
+    tokens = [*SPECIAL_TOKENS, *pieces]
+
+    assert CpmTokenizer(tokens).encode(text) == longest_match(tokens, text)
+
+
+def test_time_grows_with_the_length_of_a_text_and_not_with_its_square():
+    text = "the cat sat on 训练 " * 20_000
+
+    started = time.monotonic()
+    ids = TOKENIZERS["shipped"].encode(text)
+
+    assert time.monotonic() - started < 10
+    assert TOKENIZERS["shipped"].decode(ids) == text
+
+
+def test_texts_encoded_together_are_those_encoded_alone():
+    texts = ["abcd", "", " the"]
+
+    assert PIECES.encode_many(texts) == [PIECES.encode(text) for text in texts]
 
 
 def test_special_tokens_have_cpms_ids():
@@ -89,7 +128,7 @@ def test_a_built_vocabulary_prefers_frequent_pieces_and_has_the_size_asked_for()
     assert len(tokens) == 280 and tokens[: len(SPECIAL_TOKENS)] == list(SPECIAL_TOKENS)
     assert "<用户>" in tokens and " the" in tokens
     assert build_vocabulary(texts, 280) == tokens
-    assert len(Tokenizer(build_vocabulary(texts, 600)).encode(texts[0])) < 12
+    assert len(CpmTokenizer(build_vocabulary(texts, 600)).encode(texts[0])) < 12
 
 
 def test_a_vocabulary_too_small_for_the_special_tokens_is_refused():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import time
+from importlib import import_module
 from pathlib import Path
 
 # One server imports torch once; each rank is a fork of it.
@@ -16,17 +18,21 @@ _SERVER.set_forkserver_preload(
     [
         "cpm_cluster.training.run",
         "cpm_cluster.training.engines.torch_engine",
+        "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "torch._dynamo",  # the first optimizer step imports it
     ]
 )
 
 
-def start_ranks(settings: str, world_size: int, logs: Path, torchrun: bool = False):
-    """Start ``finetune SETTINGS`` on loopback as torchrun would, its output going to ``logs``."""
+def start_ranks(settings: str, world_size: int, logs: Path, torchrun: bool = False, prepare=None):
+    """Start the task's program on loopback as torchrun would, its output going to ``logs``.
+
+    ``prepare(rank)`` runs in each of them first.
+    """
     port = free_port()
     processes = [
-        _SERVER.Process(target=_rank, args=(settings, rank, world_size, port, str(logs), torchrun))
+        _SERVER.Process(target=_rank, args=(settings, rank, world_size, port, str(logs), torchrun, prepare))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -60,7 +66,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank(settings: str, rank: int, world_size: int, port: int, logs: str, torchrun: bool) -> None:
+def _rank(settings: str, rank: int, world_size: int, port: int, logs: str, torchrun: bool, prepare) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -68,8 +74,10 @@ def _rank(settings: str, rank: int, world_size: int, port: int, logs: str, torch
     os.environ.pop("TORCHELASTIC_RUN_ID", None)
     if torchrun:
         os.environ["TORCHELASTIC_RUN_ID"] = "test"
-    from cpm_cluster.training.finetune import main
-
+    if prepare is not None:
+        prepare(rank)
+    task = json.loads(Path(settings).read_text())["task"]
+    main = import_module(f"cpm_cluster.training.{task}").main
     # A rank that collects garbage need not walk through what the server imported.
     gc.freeze()
     raise SystemExit(main([settings]))

@@ -1,4 +1,4 @@
-"""The state of a run as the verbs need it: records, the scheduler's word, and the verdict once it has ended."""
+"""The state of a run: its records, the scheduler's word, and the verdict once it has ended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cpm_cluster.diagnosis.diagnose import diagnose
+from cpm_cluster.diagnosis.hang import hang
 from cpm_cluster.diagnosis.retry import read_endings
 from cpm_cluster.diagnosis.scheduler_says import as_the_scheduler_says, leaves_open
 from cpm_cluster.diagnosis.verdict import Verdict
@@ -80,7 +81,7 @@ def as_data(run: Run, state: State, verdict: Verdict | None = None) -> dict[str,
     """A run as --json shows it.
 
     `endings` are those of attempts on Slurm; `telemetry` (see `runs/telemetry.py`) is there once an agent has taken a
-    sample.
+    sample; `hang` is a sentence where a rank keeps the run from going on.
     """
     fields = asdict(state)
     telemetry = run_telemetry(run.files.root / "telemetry")
@@ -91,6 +92,7 @@ def as_data(run: Run, state: State, verdict: Verdict | None = None) -> dict[str,
         **fields,
         "endings": [asdict(ending) for ending in read_endings(read_events(run.files.root / "events"))],
         "verdict": _plain(verdict) if verdict else None,
+        "hang": None if state.ended else hang(run, state),
         **({"telemetry": telemetry} if telemetry else {}),
     }
 

@@ -1,0 +1,127 @@
+"""The data of a run as batches: what ``run.py`` asks for, on this rank."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Sequence, overload
+
+from cpm_cluster.training.corpus import Use
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.mixture import Mixture
+from cpm_cluster.training.packing import Batch, PackedRow, PackedStream, Position, best_fit, collate, share_of
+from cpm_cluster.training.placement import Placement
+from cpm_cluster.training.settings import Settings
+from cpm_cluster.training.token_index import AllGather, Samples, Tick, open_samples
+from cpm_cluster.training.tokenizer import Tokenizer
+
+
+class TrainingData:
+    """Training batches without end, which any attempt and any number of ranks continues in the same order."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        placement: Placement,
+        tokenizer: Tokenizer,
+        all_gather: AllGather,
+        tick: Tick,
+        say: Callable[[str], None],
+    ) -> None:
+        """Read, check and encode the training data. Collective; raises UserError listing what is wrong."""
+        self._training, self._placement = settings.training, placement
+        self.samples = open_samples(settings, "train", tokenizer, placement, all_gather, tick)
+        say(described(self.samples, "train", settings))
+        weights = [source.weight for source in settings.data.train if source.weight is not None]
+        sizes = self.samples.summary.per_source
+        self._mixture = Mixture(sizes, weights or None, settings.seed)
+        # Weights and seed, too: together they say which row follows which.
+        self._data = f"{self.samples.summary.fingerprint} seed {settings.seed} weights {weights}"
+        self._stream = self._stream_from(Position(self._data, 0, 0))
+
+    @property
+    def position(self) -> Mapping[str, Any]:
+        """Where the stream stands, as a JSON object."""
+        return self._stream.position._asdict()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch (from 0) of the row that comes next."""
+        return self._mixture.epoch_of(self._stream.position.window)
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Continue at a position that an earlier attempt left; an empty one is the start.
+
+        Raises UserError when it is one in other data: the run would see some samples twice and others never.
+        """
+        if not position:
+            return
+        wanted = Position(**position)
+        if wanted.data != self._data:
+            raise UserError(
+                "the training data (files, weights, tokenizer, seq_len or seed) are not those of the checkpoint;"
+                " restore them, or start a run of its own with init_from"
+            )
+        self._stream = self._stream_from(wanted)
+
+    def _stream_from(self, position: Position) -> PackedStream:
+        return PackedStream(self._mixture, self.samples.inputs, self._training.seq_len, position)
+
+    def next_batches(self) -> list[Batch]:
+        """Return this rank's micro batches of the next step."""
+        training, placement = self._training, self._placement
+        rows = self._stream.take(placement.world_size * training.grad_accum * training.micro_batch)
+        groups = share_of(rows, placement.rank, placement.world_size, training.micro_batch)
+        return [collate_samples(self.samples, group, training.seq_len) for group in groups]
+
+
+class EvalBatches(Sequence[Batch]):
+    """This rank's batches of the evaluation data, every sample once whatever its weight; made when asked for."""
+
+    def __init__(self, samples: Samples, settings: Settings, placement: Placement) -> None:
+        """Pack the samples; every rank gets the same number of batches."""
+        training = settings.training
+        rows = best_fit(samples.inputs.tolist(), training.seq_len)
+        self._samples, self._seq_len = samples, training.seq_len
+        self._groups = share_of(rows, placement.rank, placement.world_size, training.micro_batch)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return collate_samples(self._samples, self._groups[index], self._seq_len)
+
+
+def evaluation_batches(
+    settings: Settings,
+    placement: Placement,
+    tokenizer: Tokenizer,
+    all_gather: AllGather,
+    tick: Tick,
+    say: Callable[[str], None],
+) -> EvalBatches:
+    """Read, check and encode the evaluation data. Collective; raises UserError listing what is wrong."""
+    samples = open_samples(settings, "eval", tokenizer, placement, all_gather, tick)
+    say(described(samples, "eval", settings))
+    return EvalBatches(samples, settings, placement)
+
+
+def collate_samples(samples: Samples, rows: Sequence[PackedRow], seq_len: int) -> Batch:
+    """Fetch the samples of packed rows and lay them out."""
+    return collate([[samples[number] for number in row] for row in rows], seq_len)
+
+
+def described(samples: Samples, use: Use, settings: Settings) -> str:
+    """Return a line for people: how much there is, and what was left out."""
+    has = samples.summary
+    line = f"{use} data: {len(samples)} samples of {has.tokens} tokens"
+    if has.dropped:
+        seq_len = settings.training.seq_len
+        line += f"; {has.dropped} of {has.rows} samples are longer than {seq_len} tokens and were dropped"
+    return line

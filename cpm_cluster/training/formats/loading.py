@@ -1,0 +1,38 @@
+"""Base weights from wherever ``init_from`` points: the loader goes by what it finds there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.formats import cpm9g, huggingface, peft
+from cpm_cluster.training.formats.tensor_files import Tensors
+from cpm_cluster.training.lora import is_factor
+from cpm_cluster.training.settings import ModelSettings
+
+
+def read_base_weights(source: str, model: ModelSettings) -> Tensors:
+    """Return weights under our names, read when they are asked for; names and shapes are for the model to check.
+
+    ``source`` is a ``.pt`` file of CPM-9G, a folder of several, or a folder of Hugging Face's Llama layout. Raises
+    UserError when it is nothing of these, or cannot be read.
+    """
+    path = Path(source)
+    weights = _read(path, model)
+    if any(is_factor(name) for name in weights):
+        raise UserError(f"{path} holds LoRA updates, no base weights: fold them into theirs with cpm export --merge")
+    return weights
+
+
+def _read(path: Path, model: ModelSettings) -> Tensors:
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"{path}: name the folder instead, in which {huggingface.CONFIG} lies, too")
+    if not path.is_dir():
+        return cpm9g.read_cpm9g(path)
+    if huggingface.has_weights(path):
+        return huggingface.read_huggingface(path, model)
+    if (path / peft.CONFIG).is_file():
+        raise UserError(f"{path} holds an adapter of PEFT, no base weights")
+    if cpm9g.weight_files(path):
+        return cpm9g.read_cpm9g(path)
+    raise UserError(f"{path} holds no weights: neither model.safetensors or its index, nor a .pt file of CPM-9G")

@@ -1,0 +1,92 @@
+"""LoRA adapters as PEFT keeps them for Llama: ``adapter_config.json`` beside ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable
+
+from torch import Tensor
+
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.files import write_json
+from cpm_cluster.training.formats.huggingface import our_module, their_module
+from cpm_cluster.training.formats.tensor_files import LazyTensors, open_files, read_json_object, write_safetensors
+from cpm_cluster.training.lora import FACTOR_A, FACTOR_B, Delta, split_factor
+
+CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_THEIR_FACTOR = {FACTOR_A: ".lora_A.weight", FACTOR_B: ".lora_B.weight"}
+# What our layers do not have, and how PEFT says that an adapter has not got it either.
+_WITHOUT: dict[str, Any] = {
+    "use_dora": False,
+    "use_qalora": False,
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "alpha_pattern": {},
+}
+
+
+def write_peft(folder: Path, delta: Delta, dropout: float, base: str | None, note: Callable[[str], None]) -> None:
+    """Write an adapter; ``base`` is the folder of the model that it belongs to, where that is known."""
+    tensors: dict[str, Tensor] = {}
+    targets = set()
+    for name in delta.factors:
+        layer, factor = split_factor(name)
+        module = their_module(layer)
+        targets.add(module.rpartition(".")[2])
+        tensors[_PREFIX + module + _THEIR_FACTOR[factor]] = delta.factors[name]
+        note(name)
+    write_safetensors(folder / _WEIGHTS, tensors)
+    alpha = int(delta.alpha) if delta.alpha == int(delta.alpha) else delta.alpha
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": delta.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(targets),
+        "use_rslora": False,
+        "init_lora_weights": True,
+        **_WITHOUT,
+        "rank_pattern": {},
+    }
+    write_json(folder / CONFIG, config)
+
+
+def read_peft(folder: Path) -> Delta:
+    """Return an adapter with our names.
+
+    Raises UserError when it cannot be read, or is more than the updates of linear layers that our LoRA has.
+    """
+    path = folder / CONFIG
+    config = read_json_object(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path} is of peft_type {config.get('peft_type')}; only LORA can be read")
+    strange = [key for key, absent in _WITHOUT.items() if config.get(key, absent) not in (absent, None)]
+    if strange:
+        raise UserError("{} has {}, which our LoRA has not".format(path, ", ".join(strange)))
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
+        raise UserError(f"{path} does not say r and lora_alpha")
+    if config.get("use_rslora"):
+        alpha = alpha * math.sqrt(rank)  # it scales by alpha / √r
+    tensors = open_files([folder / _WEIGHTS])
+    names = {_our_name(name, folder): name for name in tensors}
+    return Delta(LazyTensors({ours: partial(tensors.__getitem__, name) for ours, name in names.items()}), float(alpha))
+
+
+def _our_name(name: str, folder: Path) -> str:
+    for ours, theirs in _THEIR_FACTOR.items():
+        if name.startswith(_PREFIX) and name.endswith(theirs):
+            try:
+                return our_module(name[len(_PREFIX) : -len(theirs)]) + ours
+            except KeyError:
+                break
+    raise UserError(f"{folder / _WEIGHTS}: {name} is no update of a layer of Llama")

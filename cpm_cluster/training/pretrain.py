@@ -1,0 +1,22 @@
+"""Train a CPM on plain text; documents longer than a row are split.
+
+It leaves in output_dir: progress.json, metrics.jsonl, samples.jsonl, tb/, checkpoints/, weights/, outcome.json, and
+errors/rank-R.json of ranks that failed. It stops at the next step, with a checkpoint, on SIGTERM, on SIGUSR2, when
+control/stop is there, and when its launcher dies. A second start continues from the newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Sequence
+
+from cpm_cluster.training.program import run_program
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run this rank and return its exit code."""
+    return run_program("pretrain", __doc__, "cpm_cluster.training.run:finetune", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
