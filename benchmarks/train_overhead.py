@@ -36,6 +36,7 @@ from cpm_cluster.specs.catalogue import packaged_configs
 from cpm_cluster.training.attention import open_kernel, segments_of
 from cpm_cluster.training.data import TrainingData
 from cpm_cluster.training.engines import open_engine
+from cpm_cluster.training.engines.torch_engine import adamw
 from cpm_cluster.training.heartbeat import Heartbeat
 from cpm_cluster.training.model import CPM, initialise
 from cpm_cluster.training.packing import IGNORED, Batch
@@ -48,7 +49,7 @@ from cpm_cluster.training.stop import StopRequest
 
 MOST_RATIO, MOST_STALL, LEAST_DATA = 1.03, 0.05, 20.0
 WARM_UP_STEPS = 3
-SAVES, STEPS_BETWEEN_SAVES = 6, 8
+SAVES, STEPS_BETWEEN_SAVES = 8, 6
 DATA_STEPS = 200
 ALONE = Placement(rank=0, world_size=1, local_rank=0)
 CORPUS = [{"path": "builtin:python-reference", "weight": None}]
@@ -139,12 +140,10 @@ class BareLoop:
 
     def __init__(self, settings: Settings, batches: list[Batch]) -> None:
         training = settings.training
-        torch.manual_seed(settings.seed)
         self._model = CPM(settings.model, kernel=open_kernel(settings, 0, torch.device("cpu"), torch.float32))
+        torch.manual_seed(settings.seed)
         initialise(self._model)
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), training.lr, training.betas, training.eps, training.weight_decay
-        )
+        self._optimizer = adamw(dict(self._model.named_parameters()), training)
         self._batches, self._done, self._clip = batches, 0, training.clip_grad_norm
         self.loss = float("nan")
 
@@ -269,6 +268,7 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
     yield f"load {before:.1f} before, {after:.1f} after, torch {figures['versions']['torch']}"
     low, high = loop["ratio_quartiles"]
     yield f"loop        {1000 * loop['step_s']:.1f} ms a step, bare torch {1000 * loop['bare_step_s']:.1f} ms"
+    yield f"            their last losses differ by {loop['last_losses_differ_by']:.1e}"
     yield f"            ratio of {figures['pairs']} pairs {loop['ratio']:.3f} ({low:.3f} to {high:.3f}){verdict(loop)}"
     yield f"            wanted: at most {MOST_RATIO:g}"
     for key, name in (("checkpoint", "asynchronous"), ("checkpoint_at_once", "at once")):

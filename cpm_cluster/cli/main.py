@@ -24,6 +24,7 @@ VERBS = {
     "cancel": "end a run",
     "resume": "go on from a run's newest checkpoint",
     "runs": "list runs",
+    "export": "a run's weights for other programs",
     "shell": "a shell on a node, inside the image",
     "sandbox": "a Slurm cluster on this one machine",
     "schema": "JSON Schema of what people write",

@@ -81,10 +81,11 @@ def as_data(run: Run, state: State, verdict: Verdict | None = None) -> dict[str,
     """A run as --json shows it.
 
     `endings` are those of attempts on Slurm; `telemetry` (see `runs/telemetry.py`) is there once an agent has taken a
-    sample; `hang` is a sentence where a rank keeps the run from going on.
+    sample; `hang` where a rank keeps the run from going on, a sentence that says which.
     """
     fields = asdict(state)
     telemetry = run_telemetry(run.files.root / "telemetry")
+    hung = None if state.ended else hang(run, state)
     return {
         "run": run.id,
         "run_dir": str(run.files.root),
@@ -92,8 +93,8 @@ def as_data(run: Run, state: State, verdict: Verdict | None = None) -> dict[str,
         **fields,
         "endings": [asdict(ending) for ending in read_endings(read_events(run.files.root / "events"))],
         "verdict": _plain(verdict) if verdict else None,
-        "hang": None if state.ended else hang(run, state),
         **({"telemetry": telemetry} if telemetry else {}),
+        **({"hang": hung} if hung else {}),
     }
 
 

@@ -16,11 +16,16 @@ from cpm_cluster.planner.model_states import (
     quantises_the_head,
     weight_bytes,
     widens_embeddings,
+    written_for_fsdp,
 )
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import Stage
 
 KORTHIKANTI = "Korthikanti et al. 2022"
+# Since 4.45 of transformers models leave logits as the head gives them, and the loss makes them fp32 once, with labels
+# shifted instead of them: log-softmax 4 and its gradient 4.
+LOGITS_ONCE = 8.0
+LOSS_SINCE_4_45 = "transformers/loss/loss_utils.py, counted"
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,11 @@ def block_bytes_per_token(setup: Setup, constants: MemoryConstants) -> float:
     return factor * _eager_block(setup, constants) + _scores_per_token(setup)
 
 
-def written_for_fsdp(setup: Setup) -> bool:
-    """Programs with models of their own, not those of transformers in FSDP."""
-    return setup.engine == "fsdp" and not re.search(r"transformers|trl|accelerate", setup.engine_version)
-
-
 def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
     """Tensor by tensor, as plain torch code saves them; frozen linear layers don't keep their inputs."""
-    shape, w = setup.shape, weight_bytes(setup)
+    shape, w = setup.shape, stream_bytes(setup)
     h, f, attention = shape.hidden, shape.ffn, shape.attention_width + shape.kv_width
-    upcasts = shape.gated_mlp or (setup.engine == "none" and setup.precision in ("fp16", "bf16"))
+    upcasts = shape.gated_mlp or under_autocast(setup)
     saved = 2.0 * (4 if upcasts else w) * h  # inputs of both norms: RMSNorm, and LayerNorm under autocast, in fp32
     saved += 2 * w * attention  # q, k, v and the output of attention
     saved += w * f * (3 if shape.gated_mlp else 1)  # input of the activation; its output and the gated branch
@@ -126,8 +126,20 @@ def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
 
 
 def _scores_per_token(setup: Setup) -> float:
-    """Without flash attention: softmax, dropout's mask and its result, each s × s for every head."""
-    return 0.0 if setup.flash_attention else (2 * weight_bytes(setup) + 1) * setup.shape.heads * setup.seq_len
+    """Without flash attention: softmax, its dropout's mask and result, each s × s for every head.
+
+    Autocast runs softmax in fp32, and what dropout leaves is cast for the product with the values.
+    """
+    if setup.flash_attention:
+        return 0.0
+    w = weight_bytes(setup)
+    each = 4 + 4 + w + 1 if under_autocast(setup) else 2 * w + 1
+    return each * setup.shape.heads * setup.seq_len
+
+
+def under_autocast(setup: Setup) -> bool:
+    """fp32 weights that are cast operation by operation: what isn't a matrix product runs in fp32."""
+    return setup.engine in ("none", "ddp") and setup.mode == "full" and setup.precision in ("fp16", "bf16")
 
 
 def _megatron_block(setup: Setup) -> float:
@@ -161,8 +173,7 @@ def _dequantised_prompt(setup: Setup) -> tuple[Component, ...]:
     """Of several tokens at once, bitsandbytes multiplies by the dequantised matrix; other kernels unpack as they go."""
     if setup.precision not in ("nf4", "nf4_dq", "int8"):
         return ()
-    parts = (*_dequantised(setup), *_dequantised_head(setup))
-    return (max(parts, key=lambda component: component.bytes),)
+    return (*_dequantised(setup), *_dequantised_head(setup))
 
 
 def _dequantised_head(setup: Setup) -> tuple[Component, ...]:
@@ -195,6 +206,8 @@ def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, 
         return constants.logits_half, FITTED
     if setup.engine_version.startswith("ms-swift"):
         return constants.logits_metrics, FITTED
+    if keeps_logits_half(setup):
+        return stream_bytes(setup) + LOGITS_ONCE, LOSS_SINCE_4_45
     if setup.engine == "none" or setup.precision == "fp32":
         return constants.logits_autocast, FITTED
     if setup.engine == "deepspeed" and _model_upcasts(setup):
@@ -202,16 +215,25 @@ def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, 
     return constants.logits_half, FITTED
 
 
+def transformers_version(setup: Setup) -> tuple[int, int] | tuple[()]:
+    """(4, 49); empty where nothing says."""
+    stated = re.search(r"transformers (\d+)\.(\d+)", setup.engine_version)
+    return (int(stated.group(1)), int(stated.group(2))) if stated else ()
+
+
+def keeps_logits_half(setup: Setup) -> bool:
+    return transformers_version(setup) >= (4, 45)
+
+
 def _model_upcasts(setup: Setup) -> bool:
-    """Models of the Llama family in transformers make all logits fp32 since 4.31 of July 2023 (modeling_llama.py).
+    """Models of the Llama family in transformers make all logits fp32 from 4.31 of July 2023 on (modeling_llama.py).
 
     Of what the software says of itself the first counts: its version of transformers, of DeepSpeed, of torch, its date.
     """
     if not setup.shape.gated_mlp or setup.shape.kind != "decoder":
         return False
-    stated = re.search(r"transformers (\d+)\.(\d+)", setup.engine_version)
-    if stated:
-        return (int(stated.group(1)), int(stated.group(2))) >= (4, 31)
+    if transformers_version(setup):
+        return transformers_version(setup) >= (4, 31)
     if deepspeed_version(setup):
         return deepspeed_version(setup) >= (0, 10)
     if setup.torch_version != (0, 0):
@@ -223,11 +245,14 @@ def _model_upcasts(setup: Setup) -> bool:
 def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: MemoryConstants) -> int:
     """Bytes that logits may take on top, by the model's code.
 
-    In training older code of Llama's and GLM's kind may make half logits fp32, too; in inference some code computes the
-    logits of a whole prompt, in half and fp32.
+    In training older code of Llama's and GLM's kind may make half logits fp32, too, and a program's own loss shifts fp32
+    ones, which is a copy; in inference some code computes the logits of a whole prompt, in half and fp32.
     """
     if setup.mode == "infer":
-        return round(6 * setup.tokens * setup.shape.vocab / setup.tp)
+        one = keeps_logits_half(setup)  # which came with num_logits_to_keep
+        return 0 if one else round(6 * setup.tokens * setup.shape.vocab / setup.tp)
+    if keeps_logits_half(setup) and widens_embeddings(setup):
+        return 4 * sum(c.bytes for c in passing if c.name == "logits") // round(stream_bytes(setup) + LOGITS_ONCE)
     upcasts = setup.shape.gated_mlp or setup.shape.kind == "glm"
     if setup.engine != "deepspeed" or not upcasts or setup.precision == "fp32" or setup.fused_cross_entropy:
         return 0

@@ -14,7 +14,8 @@ from cpm_cluster.planner.calibration import (
 )
 from cpm_cluster.planner.fit import Component, Demand, RunTime
 from cpm_cluster.planner.gpu_memory import GpuMemory, Instant, gpu_memory, gpu_need
-from cpm_cluster.planner.host_memory import HostInstant, host_memory
+from cpm_cluster.planner.host_memory import SPREAD as HOST_SPREAD
+from cpm_cluster.planner.host_memory import HostInstant, host_memory, spread_of
 from cpm_cluster.planner.job_setup import as_loaded, host_capacity
 from cpm_cluster.planner.memory_constants import MIB
 from cpm_cluster.planner.model_states import DTYPE, part, weight_bytes
@@ -30,7 +31,6 @@ CPU_SPREAD = 0.3
 OURS = ("fsdp", "ddp")  # jobs reach these through our torch engine alone
 TORCH_ENGINE = "training/engines/torch_engine.py"
 ATTENTION = "training/attention.py"
-SDPA = "aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask"
 
 
 def demands(spec: JobSpec, setup: Setup | None, calibration: Calibration | None = None) -> Iterator[Demand]:
@@ -62,6 +62,8 @@ def card_memory(setup: Setup, calibration: Calibration | None = None) -> GpuMemo
 def host_demand(setup: Setup, capacity: int | None, calibration: Calibration | None = None) -> Demand:
     binding = node_memory(setup, calibration)
     spread = host_spread(calibration, setup, binding)
+    if spread_of(setup) > HOST_SPREAD:  # of what no calibration has seen
+        spread = max(spread, spread_of(setup))
     low, high = round(binding.bytes * (1 - spread)), round(binding.bytes * (1 + spread))
     return Demand("host memory", "node", binding.name, binding.components, capacity, low, high)
 
@@ -103,7 +105,7 @@ def in_wide_weights(memory: GpuMemory, setup: Setup) -> GpuMemory:
     """What our torch engine holds beyond what the model of its kind counts, on top of every instant.
 
     It keeps frozen weights and adapters in fp32, and casts them as it computes: the model of adapters counts 2 bytes of
-    each. Rows are packed, and attention is told by a mask which documents may see each other.
+    each. Rows are packed, and SDPA is told by a mask which documents may see each other.
     """
     if setup.engine not in OURS or setup.mode == "infer":
         return memory
@@ -126,19 +128,19 @@ def _wide_weights(setup: Setup) -> tuple[Component, ...]:
 
 
 def _masks(setup: Setup) -> tuple[Component, ...]:
-    """A byte for each pair of positions; torch's fused attention makes a bias of it, which each block saves.
+    """A number for each pair of positions, made once for all blocks: 0, or -inf where there is nothing to be seen.
 
-    It saves keys and values repeated for all heads, too (training/attention.py).
+    Where keys and values are repeated for all heads, each block saves them (training/attention.py). Kernels that are
+    told where documents begin need neither.
     """
+    if not setup.row_masks:
+        return ()
     width, shape = weight_bytes(setup), setup.shape
     pairs = setup.micro_batch * setup.seq_len**2
-    blocks = 1 if setup.recompute == "full" else shape.layers
-    parts = [part("mask of packed rows", "micro batch × s²", pairs, ATTENTION)]
-    if setup.flash_attention:
-        bias = width * pairs * blocks
-        parts.append(part("mask as attention saves it", f"{width} × micro batch × s² × blocks", bias, SDPA))
+    parts = [part("mask of packed rows", f"{width} × micro batch × s²", width * pairs, ATTENTION)]
     repeated = shape.attention_width - shape.kv_width
     if repeated:
+        blocks = 1 if setup.recompute == "full" else shape.layers
         size = 2 * width * setup.tokens * repeated * blocks
         parts.append(part("keys and values of all heads", f"{2 * width}T × repeated × blocks", size, ATTENTION))
     return tuple(parts)

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cpm_cluster.planner.activations import Activations, activations, logits_beyond, written_for_fsdp
+from cpm_cluster.planner.activations import Activations, activations, logits_beyond
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.memory_constants import CONSTANTS, FITTED, MIB, MemoryConstants
-from cpm_cluster.planner.model_states import States, model_states, part, step_beyond
+from cpm_cluster.planner.model_states import States, model_states, part, records_streams, step_beyond, written_for_fsdp
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import stages
 
 STAGING = "init staging"
 STEP = "optimizer step"
+FSDP_STREAMS = "torch/distributed/fsdp, record_stream: its size is assumed"
 Parts = tuple[Component, ...]
 FitVerdict = Literal["fits", "tight", "does not fit", "capacity unknown"]
 
@@ -185,4 +186,8 @@ def _fragmentation(setup: Setup, passing: Parts, constants: MemoryConstants) -> 
     if setup.mean_tokens:
         usual = min(1.0, setup.mean_tokens / 2 / setup.seq_len)
         size += constants.ragged * usual * sum(c.bytes for c in passing if c.name == "logits")
-    return (part("fragmentation", f"{share:.0%} of what comes and goes", size, FITTED),)
+    parts = [part("fragmentation", f"{share:.0%} of what comes and goes", size, FITTED)]
+    if records_streams(setup):
+        inputs = sum(c.bytes for c in passing if c.name == "inputs of the blocks")
+        parts.append(part("freed too late", "inputs of the blocks once more", inputs, FSDP_STREAMS))
+    return tuple(parts)

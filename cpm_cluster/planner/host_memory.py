@@ -15,6 +15,7 @@ from cpm_cluster.planner.model_states import (
     STAGE_3,
     SUB_GROUP,
     deepspeed_version,
+    moment_bytes,
     part,
     weight_bytes,
 )
@@ -27,10 +28,12 @@ LOADING_RANK_GB = 2.0  # before it has used its GPU
 LOADING = 1.3  # a model that is read whole: itself and a part of the file
 PINNED_POOL = 1.28  # many pinned tensors of different sizes, each rounded up
 SPREAD = 0.15  # of all terms together, on the host readings of measured_runs.csv
+SPREAD_FSDP = 0.25  # the same with FSDP's offloading, of which that table has a single reading
 FITTED = "fitted, see planner/host_memory.py"
 ADAM_OFFLOAD = "bmtrain/optim/adam_offload.py"
 PINS_THE_MASTER_COPY = (0, 14, 1)  # pin_memory(weights_partition) in stage_1_and_2.py, whatever the configuration says
 KEEPS_HALF_WEIGHTS = (0, 17, 0)  # param_buffer_of_bit16_for_cpu_offload_groups in stage_1_and_2.py
+FSDP_PINS = "torch/distributed/fsdp/_flat_param.py, pin_memory"
 ZERO_OFFLOAD = "ZeRO-Offload, Ren et al. 2021"
 Parts = tuple[Component, ...]
 
@@ -50,6 +53,7 @@ class HostInstant:
 @dataclass(frozen=True)
 class HostMemory:
     instants: tuple[HostInstant, ...]
+    spread: float = SPREAD
 
     @property
     def binding(self) -> HostInstant:
@@ -63,7 +67,7 @@ class HostMemory:
 
     @property
     def high(self) -> float:
-        return self.binding.bytes * (1 + SPREAD)
+        return self.binding.bytes * (1 + self.spread)
 
 
 def host_memory(setup: Setup) -> HostMemory:
@@ -75,11 +79,16 @@ def host_memory(setup: Setup) -> HostMemory:
     )
     return HostMemory(
         (
-            HostInstant("loading", (*_processes(ranks, LOADING_RANK_GB), _loaded(setup))),
+            HostInstant("loading", (*_processes(ranks, LOADING_RANK_GB), _loaded(setup), *_sharded_as_loaded(setup))),
             HostInstant("training", (*base, *offloaded)),
             HostInstant("saving", (*base, *offloaded, *_gathered_to_save(setup))),
-        )
+        ),
+        spread_of(setup),
     )
+
+
+def spread_of(setup: Setup) -> float:
+    return SPREAD_FSDP if setup.engine == "fsdp" and (setup.offload_param or setup.offload_optimizer) else SPREAD
 
 
 def _processes(ranks: int, each_gb: float) -> Parts:
@@ -104,17 +113,19 @@ def _loaded(setup: Setup) -> Component:
     sharded = setup.zero_stage >= 3 and setup.zero_init and not setup.quantised
     factor = 1.0 if sharded else LOADING
     everyone = setup.engine == "deepspeed" and not sharded
-    everyone = everyone or setup.engine == "ddp" or setup.quantised or not setup.zero_init
+    one_reads = setup.engine == "fsdp" and setup.zero_init  # the others build on meta (sync_module_states)
+    everyone = everyone or setup.engine == "ddp" or (setup.quantised and not one_reads) or not setup.zero_init
     readers = setup.ranks_per_node if everyone else 1
     size = readers * factor * width * setup.shape.parameters / (setup.tp * setup.pp)
     return part(
-        "weights as they are read", f"{readers} × {factor:g} × {width:g}N", size, "DeepSpeedExamples#498; 1.3 is fitted"
+        "weights as they are read", f"{readers} × {factor:g} × {width:.3g}N", size, "DeepSpeedExamples#498; 1.3 is fitted"
     )
 
 
 def _loaded_bytes(setup: Setup) -> float:
     if setup.quantised:
-        return QUANTISED_BYTES[setup.precision]
+        outside = setup.shape.vocabulary_matrices * setup.shape.embedding_parameters / setup.shape.parameters
+        return QUANTISED_BYTES[setup.precision] * (1 - outside) + 2 * outside
     if setup.engine in ("bmtrain", "megatron") or setup.loads_half or setup.trains_adapters:
         return weight_bytes(setup)
     return 4 if setup.engine in ("deepspeed", "ddp") else weight_bytes(setup)
@@ -124,6 +135,8 @@ def _offloaded(setup: Setup) -> list[Component]:
     """By one rank."""
     if not (setup.offload_optimizer or setup.offload_param):
         return []
+    if setup.engine == "fsdp":
+        return _fsdp_offloaded(setup)
     return _bmtrain_offloaded(setup) if setup.engine == "bmtrain" else _deepspeed_offloaded(setup)
 
 
@@ -135,6 +148,41 @@ def _bmtrain_offloaded(setup: Setup) -> list[Component]:
         part("master copy and moments", "12T" + _over(setup), 12 * trained, ADAM_OFFLOAD),
         part("pinned weights and gradients", "2 p2(2 × part of each tensor)", pinned_bytes, ADAM_OFFLOAD),
     ]
+
+
+def _fsdp_offloaded(setup: Setup) -> list[Component]:
+    """Each unit's shard is pinned, and a gradient of its size, trained or not, whatever the job says of pinning."""
+    width = _fsdp_width(setup)
+    trained = setup.trained_parameters / setup.shards
+    parts = []
+    if setup.offload_param:
+        pinned_shards = sum(count * power_of_two(size) for count, size in _fsdp_units(setup))
+        parts.append(part("weights", "p2(part of each block)", pinned_shards, FSDP_PINS))
+        parts.append(part("gradients", "p2(part of each block)", pinned_shards, FSDP_PINS))
+    each = moment_bytes(setup, width)
+    parts.append(part("moments", f"{each} × part", each * trained, ZERO_OFFLOAD))
+    return parts
+
+
+def _fsdp_width(setup: Setup) -> int:
+    return 2 if setup.precision.endswith("_pure") or setup.trains_adapters else 4
+
+
+def _fsdp_units(setup: Setup) -> tuple[tuple[int, float], ...]:
+    """(how many, bytes of one rank's shard): blocks, what is outside of them, adapters."""
+    shape, n, width = setup.shape, setup.shards, _fsdp_width(setup)
+    block = QUANTISED_BYTES.get(setup.precision, width) * shape.parameters_per_layer / n
+    outside = width * shape.vocabulary_matrices * shape.embedding_parameters / n
+    adapters = width * setup.trained_parameters / n / shape.layers if setup.trains_adapters else 0.0
+    return (shape.layers, block), (1, outside), (shape.layers, adapters)
+
+
+def _sharded_as_loaded(setup: Setup) -> Parts:
+    """Rank 0 holds the whole model while the shards of all ranks are made from it."""
+    if setup.engine != "fsdp" or not setup.offload_param:
+        return ()
+    size = setup.ranks_per_node * sum(count * size for count, size in _fsdp_units(setup))
+    return (part("shards of all ranks", "weights/n × ranks", size, "torch/distributed/fsdp, sync_module_states"),)
 
 
 def _rounding_of_parts(setup: Setup) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from cpm_cluster.planner.setup import Engine, Kind, Recompute, Setup, Shape
+from cpm_cluster.specs.checks import version_tuple
 from cpm_cluster.specs.image import Image
 from cpm_cluster.specs.job import TRAINING_TASKS, JobSpec
 from cpm_cluster.specs.model import Model
@@ -16,6 +17,7 @@ CPU = "cpu"  # in place of a GPU's name
 TRAINING_ENGINES: dict[str, Engine] = {"bmtrain": "bmtrain", "deepspeed": "deepspeed", "fsdp": "fsdp", "ddp": "ddp"}
 FLASH_ATTENTION_2_SM = 80  # flash-attn 2 needs Ampere
 FUSED_ATTENTION_TORCH = (2, 0)  # scaled_dot_product_attention
+VARLEN_TORCH = (2, 10)  # torch.nn.attention.varlen
 # Names of the adapted layers by their role; w_0 is the gate (training/model.py), and the only way up without one.
 ADAPTED = {
     "project_q": "q",
@@ -61,6 +63,7 @@ def job_setup(spec: JobSpec) -> Setup | None:
         seq_len=training.seq_len,  # rows are packed: all are as long
         recompute=_recompute(spec),
         flash_attention=_is_fused(spec),
+        row_masks=not _takes_segments(spec),
         dp=resources.world_size,
         nodes=resources.nodes,
         gpu=gpu_name(spec),
@@ -187,14 +190,25 @@ def _recompute_named(word: str) -> Recompute:
 def _is_fused(spec: JobSpec) -> bool:
     """Whether attention stores no scores: flash-attn, or torch's own kernel since 2.0.
 
-    Our torch engine takes torch's kernel whatever the job says; without an image its torch is taken to be current.
+    Without an image its torch is taken to be current.
     """
     image = spec.image or Image(tag="none")
     version = tuple(int(part) for part in (image.torch or "2.0").split(".")[:2])
     in_torch = version >= FUSED_ATTENTION_TORCH
-    if spec.engine == "torch" or spec.training.attention == "sdpa":
+    if spec.training.attention == "sdpa":
         return in_torch
     if spec.training.attention == "math":
         return False
     has_flash = image.flash_attn is not None or spec.training.attention == "flash"
     return in_torch or (has_flash and (spec.gpu is None or spec.gpu.sm >= FLASH_ATTENTION_2_SM))
+
+
+def _takes_segments(spec: JobSpec) -> bool:
+    """Whether our trainer finds a kernel that needs no mask (training/attention.py); without an image, if told so."""
+    training, image = spec.training, spec.image or Image(tag="none")
+    has_kernel = training.attention in ("flash", "varlen") or (
+        training.attention == "auto"
+        and (image.flash_attn is not None or (image.torch is not None and version_tuple(image.torch) >= VARLEN_TORCH))
+    )
+    new_enough = spec.gpu is not None and spec.gpu.sm >= FLASH_ATTENTION_2_SM
+    return has_kernel and new_enough and bool(spec.resources.gpus_per_node) and training.precision != "fp32"

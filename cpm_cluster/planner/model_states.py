@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from cpm_cluster.planner.fit import Component
@@ -24,10 +24,15 @@ STAGE_3 = "deepspeed/runtime/zero/stage3.py"
 BLOCKS = "bmtrain/block_layer.py"
 BLOCK_CONTEXT = "bmtrain/zero_context.py"
 FSDP_REDUCES = "torch/distributed/fsdp/_runtime_utils.py"
+# Between the micro batches of a step transformers' trainer and accelerate reduce nothing (sync_each_batch=False).
+NO_SYNC = "accelerate, concept_guides/gradient_synchronization: no_sync"
 # Defaults of deepspeed/runtime/zero/config.py, elements.
 DEEPSPEED_BUCKET = 500_000_000  # reduce_bucket_size
 MAX_LIVE = 1_000_000_000  # stage3_max_live_parameters
 SUB_GROUP = 1_000_000_000  # sub_group_size: stage 3 steps in groups of so many
+# Moments of an optimizer, by its name without paged_ and _8bit.
+MOMENTS = {"sgd": 0, "sgd_momentum": 1, "lion": 1, "adafactor": 0}
+OPTIMIZERS = "Shazeer and Stern 2018 (Adafactor), Chen et al. 2023 (Lion)"
 # Bytes of a frozen weight. NF4: 4 bits and an fp32 scale for each 64; double quantisation: 0.127 bits for scales
 # (QLoRA, Dettmers et al. 2023). GPTQ and int4: groups of 128 with an fp16 scale and a 4-bit zero;
 # int8: the scale alone (assumed).
@@ -97,8 +102,13 @@ def _frozen(setup: Setup, share: float, ranks: int = 1) -> list[Component]:
 
 
 def widens_embeddings(setup: Setup) -> bool:
-    """peft's prepare_model_for_kbit_training casts what stays unquantised to fp32 (not with GPTQ: assumed there)."""
-    return setup.quantised and setup.mode != "infer" and not setup.engine_version.startswith("litgpt")
+    """peft's prepare_model_for_kbit_training casts what stays unquantised to fp32 (not with GPTQ: assumed there).
+
+    Not where weights are sharded, which must be of one type (trl/trainer/sft_trainer.py, is_sharded_qlora).
+    """
+    sharded = setup.engine == "fsdp" or setup.zero_stage >= 3
+    prepares = setup.mode != "infer" and not sharded and not setup.engine_version.startswith("litgpt")
+    return setup.quantised and prepares
 
 
 def quantises_the_head(setup: Setup) -> bool:
@@ -110,15 +120,31 @@ def _trained(setup: Setup, stage: Stage) -> float:
     return setup.trained_parameters * stage.parameters / setup.shape.parameters
 
 
-def _moments(setup: Setup, width: int) -> int:
-    """Bytes of Adam's two moments, each in the format of the weights that it steps."""
-    return 2 if setup.optimizer == "adamw_8bit" else 2 * width
+def moment_bytes(setup: Setup, width: int) -> int:
+    """Of one trained parameter: the optimizer's moments, each in the format of the weights that it steps.
+
+    8-bit ones are a byte each (Dettmers et al. 2022), paged ones the same wherever they are. Adafactor keeps sums of
+    rows and columns alone (Shazeer and Stern 2018). An optimizer of another name is taken for Adam.
+    """
+    name = setup.optimizer.removeprefix("paged_")
+    count = MOMENTS.get(name.removesuffix("_8bit"), 2)
+    return count * (1 if name.endswith("_8bit") else width)
+
+
+def _moments(setup: Setup, width: int, trained: float, ranks: int = 1) -> Component:
+    each = moment_bytes(setup, width)
+    name, source = ("Adam moments", ADAM) if _is_adam(setup) else (f"{setup.optimizer} moments", OPTIMIZERS)
+    return part(name, f"{each}T" + over(ranks), each * trained / ranks, source)
+
+
+def _is_adam(setup: Setup) -> bool:
+    return "adam" in setup.optimizer
 
 
 def _foreach(setup: Setup, width: int, trained: float) -> tuple[Component, ...]:
     """Since torch 2.0 AdamW steps all tensors at once: square roots and denominators of all; in place from 2.1 on."""
     copies = {(2, 0): 2, (1, 13): 0, (1, 11): 0}.get(setup.torch_version, 1)
-    if copies == 0 or setup.optimizer == "adamw_8bit":
+    if copies == 0 or setup.optimizer not in ("adam", "adamw"):
         return ()
     return (part("AdamW temporaries", f"{copies * width}T", copies * width * trained, "torch/optim, foreach AdamW"),)
 
@@ -141,9 +167,9 @@ def _one_process(setup: Setup, stage: Stage) -> States:
     gradients: list[Component] = []
     stepping: list[Component] = []
     for count, w, what in parts:
-        moments = _moments(setup, w)
+        moments = _moments(setup, w, count)
         at_rest.append(part("trained weights" + what, f"{w}T", w * count, DTYPE))
-        at_rest.append(part("Adam moments" + what, f"{moments}T", moments * count, ADAM))
+        at_rest.append(replace(moments, name=moments.name + what))
         gradients.append(part("gradients" + what, f"{w}T", w * count, DTYPE))
         stepping += _foreach(setup, w, count)
     casts: tuple[Component, ...] = ()
@@ -175,7 +201,7 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
             at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
         at_rest.append(part("trained weights", f"{width}T" + over(weights_over), width * trained / weights_over, ZERO))
     if not on_host:
-        states = (0 if width == 4 else 4) + _moments(setup, 4)
+        states = (0 if width == 4 else 4) + moment_bytes(setup, 4)
         name = "Adam moments" if width == 4 else "master copy and moments"
         at_rest.append(part(name, f"{states}T" + over(states_over), states * trained / states_over, ZERO))
     if level == 2:
@@ -200,14 +226,19 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
 
 
 def step_beyond(setup: Setup, stage: Stage) -> int:
-    """Bytes that DeepSpeed's step may take on top: a configuration without an optimizer leaves AdamW to torch.
+    """Bytes that DeepSpeed's step may take on top.
 
-    It takes the square roots of a whole part at once (torch/optim/adamw.py; LLaMA-Factory#1221 died of it).
+    Stages 1 and 2 lay the gradients of a part flat before they make them fp32 (stage_1_and_2.py, step). A configuration
+    without an optimizer leaves AdamW to torch, which takes the square roots of a whole part at once
+    (torch/optim/adamw.py; LLaMA-Factory#1221 died of it).
     """
-    if setup.engine != "deepspeed" or setup.offload_optimizer or "transformers" not in setup.engine_version:
+    if setup.engine != "deepspeed" or setup.offload_optimizer:
         return 0
     trained = _trained(setup, stage) / (setup.shards if setup.zero_stage else 1)
-    return round(4 * min(trained, SUB_GROUP if setup.zero_stage >= 3 else trained))
+    size = 2.0 * trained if setup.zero_stage in (1, 2) and weight_bytes(setup) == 2 else 0.0
+    if "transformers" in setup.engine_version and setup.optimizer in ("adam", "adamw"):
+        size += 4 * min(trained, SUB_GROUP if setup.zero_stage >= 3 else trained)
+    return round(size)
 
 
 def deepspeed_version(setup: Setup) -> tuple[int, ...]:
@@ -289,9 +320,10 @@ def _fsdp(setup: Setup, stage: Stage) -> States:
         whole = 2 * stage.parameters
         at_rest.append(part("the unsharded weights", "2N", whole, "assumed: read before sharding, and kept"))
     if not setup.offload_optimizer:
-        moments = _moments(setup, width)
-        at_rest.append(part("Adam moments", f"{moments}T" + over(n), moments * trained / n, ADAM))
-    gradients = (part("gradients", f"{width}T" + over(n), width * trained / n, ZERO),)
+        at_rest.append(_moments(setup, width, trained, n))
+    gradients = [part("gradients", f"{width}T" + over(n), width * trained / n, ZERO)]
+    if setup.accumulates and not written_for_fsdp(setup):
+        gradients.append(part("gradients not yet reduced", "2T", 2 * trained, NO_SYNC))
     unit = QUANTISED_BYTES.get(setup.precision, 2) * shape.parameters_per_layer / setup.tp
     computing = [part("gathered blocks", "2 × block", 2 * unit, "torch/distributed/fsdp, BACKWARD_PRE")]
     if setup.zero_init:  # else they are counted with the unsharded weights
@@ -301,7 +333,21 @@ def _fsdp(setup: Setup, stage: Stage) -> States:
         computing.append(
             part("gradients of a block", "2 × block", 2 * shape.parameters_per_layer / setup.tp, FSDP_REDUCES)
         )
-    return States(tuple(at_rest), gradients, tuple(computing), stepping=_foreach(setup, width, trained / n))
+    return States(tuple(at_rest), tuple(gradients), tuple(computing), stepping=_foreach(setup, width, trained / n))
+
+
+def written_for_fsdp(setup: Setup) -> bool:
+    """Programs with models and loops of their own, not those of transformers in FSDP."""
+    return setup.engine == "fsdp" and not re.search(r"transformers|trl|accelerate", setup.engine_version)
+
+
+def records_streams(setup: Setup) -> bool:
+    """The first FSDP, whose memory one stream frees and another may not have yet; the second one waits instead.
+
+    torch/distributed/fsdp/_runtime_utils.py, record_stream; pytorch#114299 of fully_shard.
+    """
+    second = "torchtitan" in setup.engine_version or setup.torch_version >= (2, 6)
+    return setup.engine == "fsdp" and not second
 
 
 def _megatron(setup: Setup, stage: Stage) -> States:

@@ -128,6 +128,7 @@ class Setup:
     mean_tokens: int = 0  # of a sample, where lengths differ; 0: all as long as seq_len
     recompute: Recompute = "none"
     flash_attention: bool = True
+    row_masks: bool = True  # our torch engine: attention is told by a mask which documents of a row see each other
     sequence_parallel: bool = False
     fused_cross_entropy: bool = False  # the loss never holds all logits in fp32 at once
 

@@ -25,13 +25,18 @@ def stages(setup: Setup) -> tuple[Stage, ...]:
     chunks holds 1 + (p - 1)/(p v) times that.
     """
     shape, p = setup.shape, setup.pp
+    litgpt = setup.engine == "none" and setup.engine_version.startswith("litgpt")
+    vocabulary = shape.vocabulary_matrices * shape.embedding_parameters
     if p == 1:
-        return (Stage("", shape.parameters / setup.tp, shape.layers, 1.0, True),)
+        whole = vocabulary if litgpt else 0  # generate/tp.py splits the blocks alone
+        return (Stage("", whole + (shape.parameters - whole) / setup.tp, shape.layers, 1.0, True),)
     if setup.embeddings_count_as_layers:
         blocks = max(1, -(-(shape.layers + 2) // p) - 1)
     else:
         blocks = -(-shape.layers // p)
     parameters = (blocks * shape.parameters_per_layer + shape.embedding_parameters) / setup.tp
+    if litgpt:  # generate/sequentially.py: all that is not a block is on the first card
+        return (Stage("first card", blocks * shape.parameters_per_layer + vocabulary, blocks, 1.0, True),)
     if setup.engine == "none":  # one card after another, one micro batch
         return (Stage("last card", parameters, blocks, 1.0, True),)
     in_flight = float(min(p, setup.grad_accum)) * (

@@ -86,6 +86,7 @@ class Checkpoints:
         if self._begun_step == progressed.step:
             return
         self.finish()
+        self._require_room(engine)
         staged = engine.stage_state(_partial(self._root, progressed.step))
         self._in_flight = self._save(engine, staged, progressed)
         next(self._in_flight)
@@ -122,6 +123,19 @@ class Checkpoints:
         self.newest_step = self._begun_step = step
         return Progressed(**state)
 
+    def _require_room(self, engine: Engine) -> None:
+        """Refuse what will not fit, while the records, and that of this error, still have room."""
+        lacking = ""
+        if self._rank == 0 and self.newest_step is not None:
+            newest = _directory(self._root, self.newest_step)
+            needed = sum(entry["size"] for entry in _files_of(newest).values())
+            free = shutil.disk_usage(self._root).free
+            if free < needed:
+                lacking = f"{self._root} has {free >> 20} MiB free, and the last checkpoint took {needed >> 20} MiB"
+        lacking = engine.all_gather_text(lacking)[0]
+        if lacking:
+            raise CheckpointError(f"no space left on device: {lacking}")
+
     def _newest_whole(self, engine: Engine) -> int | None:
         """Return the step of the newest checkpoint that is whole; each rank reads its share of the files."""
         names = []
@@ -142,7 +156,7 @@ class Checkpoints:
     def _save(self, engine: Engine, staged: StagedState, progressed: Progressed) -> _Saving:
         """Take a staged checkpoint to its place; each yield is a moment at which training may go on."""
         partial = _partial(self._root, progressed.step)
-        parts = yield from self._on_all_ranks(engine, partial, lambda: _written(partial, staged.write))
+        parts = yield from self._on_all_ranks(engine, progressed.step, lambda: _written(partial, staged.write))
         write_index = staged.gather_index()
 
         def publish() -> Sums:
@@ -150,11 +164,11 @@ class Checkpoints:
                 self._publish(partial, progressed, [*parts, _written(partial, write_index)])
             return {}
 
-        published = yield from self._on_all_ranks(engine, partial, publish)
+        published = yield from self._on_all_ranks(engine, progressed.step, publish)
         self.newest_step = progressed.step
         return published
 
-    def _on_all_ranks(self, engine: Engine, partial: Path, work: Callable[[], Sums]) -> _Saving:
+    def _on_all_ranks(self, engine: Engine, step: int, work: Callable[[], Sums]) -> _Saving:
         """Do something in every rank's thread and return what came of it, in the order of ranks."""
         future = self._thread.submit(work)
         yield future
@@ -167,8 +181,9 @@ class Checkpoints:
         if failures:
             if self._rank == 0:
                 # The record of this error may need the room.
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"{partial.name} could not be written: {'; '.join(failures)}") from error
+                shutil.rmtree(_partial(self._root, step), ignore_errors=True)
+            message = f"the checkpoint of step {step} could not be written: {'; '.join(failures)}"
+            raise CheckpointError(message) from error
         return [report["done"] for report in reports]
 
     def _publish(self, partial: Path, progressed: Progressed, parts: Sequence[Sums]) -> None:
@@ -210,8 +225,7 @@ def damage_of(directory: Path, rank: int = 0, ranks: int = 1) -> str | None:
     With several ranks each looks at its share of the files, of about equally many bytes.
     """
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
+        files = _files_of(directory)
         by_size = sorted(files, key=lambda name: (-files[name]["size"], name))
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest is missing or broken"
@@ -225,6 +239,12 @@ def damage_of(directory: Path, rank: int = 0, ranks: int = 1) -> str | None:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def _files_of(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of each file by its name, from the manifest."""
+    files: dict[str, dict[str, Any]] = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))["files"]
+    return files
 
 
 def _written(directory: Path, write: Callable[[], list[Path]]) -> Sums:

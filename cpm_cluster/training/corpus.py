@@ -20,6 +20,7 @@ from cpm_cluster.training.errors import UserError
 PYTHON_REFERENCE = "builtin:python-reference"
 PROBLEMS_SHOWN = 20
 PART_BYTES = 8 << 20
+_SMALL_PART_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 # Long enough for connected prose, short enough for a row of 256 tokens of the shipped vocabulary.
@@ -228,7 +229,9 @@ def _parts_of_file(path: Path, problems: list[str]) -> list[Part]:
     if end == 0:
         problems.append(f"{path}: is empty")
     changed = path.stat().st_mtime_ns
-    return [JsonLines(str(path), begin, min(begin + PART_BYTES, end), changed) for begin in range(0, end, PART_BYTES)]
+    # Enough parts for all ranks to have some, and never so many that opening them takes longer than reading.
+    size = min(PART_BYTES, max(_SMALL_PART_BYTES, end // 64))
+    return [JsonLines(str(path), begin, min(begin + size, end), changed) for begin in range(0, end, size)]
 
 
 def _end_of_text(path: Path) -> int:

@@ -210,16 +210,10 @@ def initial_deviation(name: str, settings: ModelSettings) -> float:
     return _INIT_STD / math.sqrt(2 * settings.layers) if into_residual else _INIT_STD
 
 
-def load_weights(model: CPM, weights: dict[str, Tensor], source: str) -> None:
-    """Copy CPM-9G style weights into the model; raises UserError as :func:`check_weights` does."""
-    check_weights({name: weight.shape for name, weight in model.state_dict().items()}, model.settings, weights, source)
-    model.load_state_dict(weights)
-
-
 def check_weights(
     own: Mapping[str, torch.Size], settings: ModelSettings, weights: Mapping[str, Tensor], source: str
 ) -> None:
-    """Raise UserError naming up to three keys that are missing, unknown or of another shape than the model's ``own``."""
+    """Raise UserError naming up to three keys that are missing, unknown or of another shape than ``own``."""
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is unknown" for name in weights if name not in own]
     wrong += [

@@ -1,7 +1,8 @@
 """Train a CPM on plain text; documents longer than a row are split.
 
-It leaves in output_dir: progress.json, metrics.jsonl, samples.jsonl, tb/, checkpoints/, weights/, outcome.json, and
-errors/rank-R.json of ranks that failed. It stops at the next step, with a checkpoint, on SIGTERM, on SIGUSR2, when
+It leaves in output_dir: progress.json, metrics.jsonl, samples.jsonl, tb/, checkpoints/, weights/, outcome.json,
+events/trainer.jsonl where the loss guard did something, heartbeats/rank-R.json of every rank, and errors/rank-R.json of
+ranks that failed. It stops at the next step, with a checkpoint, on SIGTERM, on SIGUSR2, when
 control/stop is there, and when its launcher dies. A second start continues from the newest whole checkpoint.
 """
 

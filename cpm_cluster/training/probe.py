@@ -20,8 +20,9 @@ from cpm_cluster.training.model import DecoderLayer
 from cpm_cluster.training.settings import LoraTuning, ModelSettings
 
 _TOKENS, _SEED = 32, 9
-# How far rounding the merged weights to their number type may move a logit, in standard deviations of the logits.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# How far rounding the merged weights to their number type may move a logit, in standard deviations of the logits: more
+# than twice what random models of up to 48 layers came to (1.8e-5, 1.1e-2, 8.3e-2).
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2.5e-2, torch.bfloat16: 2e-1}
 
 
 class Difference(NamedTuple):

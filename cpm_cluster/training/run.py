@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,9 @@ def finetune(settings: Settings, placement: Placement, settings_text: bytes) -> 
         heartbeat.close(outcome)
         return outcome
     except Exception:
-        progress.enter("failed")
         heartbeat.close("failed")
+        with suppress(OSError):  # on a full disk the reason matters more
+            progress.enter("failed")
         raise
 
 
@@ -115,7 +117,12 @@ class Run:
             batches = self.data.next_batches()
         self.heartbeat.enter("compute", step)
         lr = learning_rate(step, self.settings.training)
-        result = self.engine.train_step(batches, lr, partial(self.guard.accept, step), self.wants_to_stop)
+        try:
+            result = self.engine.train_step(batches, lr, partial(self.guard.accept, step), self.wants_to_stop)
+        except FloatingPointError:
+            # The guard ends the run, on all ranks alike; what is being saved is of before.
+            self.checkpoints.finish()
+            raise
         self.speed.note(time.monotonic() - started, result.tokens)
         self.meter.step(result.forward_seconds)
         incident = self.guard.take_incident()

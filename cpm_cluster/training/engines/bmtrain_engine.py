@@ -9,17 +9,16 @@ from __future__ import annotations
 import gc
 import math
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from cpm_cluster.training.attention import open_kernel, segments_of
 from cpm_cluster.training.engines import Accept, StepResult, Update
-from cpm_cluster.training.engines.bmtrain_layers import BMTrainLayers, gather, keep_own, parts_of
+from cpm_cluster.training.engines.bmtrain_layers import BMTrainLayers, parts_of
 from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer
 from cpm_cluster.training.engines.bmtrain_state import (
     Index,
@@ -27,6 +26,7 @@ from cpm_cluster.training.engines.bmtrain_state import (
     StagedParts,
     load_generators,
     load_parts,
+    random_states,
     read_index,
 )
 from cpm_cluster.training.engines.bmtrain_versions import (
@@ -37,14 +37,13 @@ from cpm_cluster.training.engines.bmtrain_versions import (
     join,
     version,
 )
+from cpm_cluster.training.engines.bmtrain_weights import export, fill
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.forward_clock import ForwardClock
 from cpm_cluster.training.engines.loss_scale import FIRST, LARGEST, SMALLEST, STEPS_TO_DOUBLE
 from cpm_cluster.training.engines.process_group import announce, choose_device
-from cpm_cluster.training.engines.torch_state import read_tensors
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.files import write_atomically
-from cpm_cluster.training.model import CPM, check_weights, initial_deviation
+from cpm_cluster.training.model import CPM
 from cpm_cluster.training.packing import IGNORED, Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import LoraTuning, Settings
@@ -74,26 +73,19 @@ class BMTrainEngine:
             compute_deterministically()
         join(self._bmt, placement, settings.seed, settings.training.zero_stage)
         self._type = _TYPES[settings.training.precision]
-        self._lora = isinstance(settings.method, LoraTuning)
         self._stage = Stage()
 
     def build(self) -> None:
         """Make the model, of which each rank keeps its parts, and the optimizer."""
         settings, training = self._settings, self._settings.training
         kernel = open_kernel(settings, self._placement.rank, self._device, self._type)
-        # LoRA's updates are drawn as the layers are made, in the order in which the torch engine draws them.
-        torch.manual_seed(settings.seed)
         self._model = CPM(settings.model, make=BMTrainLayers(self._bmt, settings, self._type), kernel=kernel)
         blocks: Any = self._model.encoder.layers
         self._forward_clock = ForwardClock([block._module for block in blocks], self._device)
         self._model.encoder.layers = chain(self._bmt, blocks)  # type: ignore[assignment]
-        self._parts = parts_of(self._bmt, self._model)
-        self._trained = {name: part for name, part in self._parts.items() if part.parameter.requires_grad}
-        self._base = {name: part for name, part in self._parts.items() if not (self._lora and name in self._trained)}
-        if settings.init_from is None:
-            self._initialise()
-        else:
-            self._load_weights(Path(settings.init_from))
+        parts = parts_of(self._bmt, self._model)
+        fill(self._bmt, parts, settings, self.any_flag)
+        self._trained = {name: part for name, part in parts.items() if part.parameter.requires_grad}
         self._optimizer = PartOptimizer(self._bmt, self._trained, training)
         self._manager = self._bmt.optim.OptimManager(
             loss_scale=FIRST if training.precision == "fp16" else None,
@@ -161,7 +153,7 @@ class BMTrainEngine:
         scale, since = float(manager.loss_scale), int(manager.steps_since_last_scale)
         index = Index(self._placement.world_size, self._optimizer.updates, scale, since)
         tensors = self._stage.copy(self._optimizer.state(scale))
-        return StagedParts(directory, self._placement.rank, index, tensors)
+        return StagedParts(directory, self._placement.rank, index, tensors, random_states())
 
     def load_state(self, directory: Path) -> None:
         """Read this rank's parts out of what any number of ranks wrote."""
@@ -175,14 +167,9 @@ class BMTrainEngine:
         self._await_copies()
 
     def export_weights(self, directory: Path) -> None:
-        """Full tuning: all weights; LoRA: the updates alone. In the precision of the model, as BMTrain writes them."""
-        weights = {}
-        for name, part in self._trained.items():
-            whole = gather(self._bmt, part)
-            if self._placement.rank == 0:
-                weights[name] = whole.cpu()
-        if self._placement.rank == 0:
-            write_atomically(directory / ("delta.pt" if self._lora else "model.pt"), partial(torch.save, weights))
+        """Full tuning: all weights; LoRA: the updates alone."""
+        lora = isinstance(self._settings.method, LoraTuning)
+        export(self._bmt, self._trained, directory / ("delta.pt" if lora else "model.pt"))
 
     def all_gather(self, value: int) -> list[int]:
         """Exchange one integer."""
@@ -213,39 +200,10 @@ class BMTrainEngine:
 
     def close(self) -> None:
         """Drop the model; then, once no rank exchanges anything any more, the communicator."""
-        del self._model, self._parts, self._base, self._trained, self._optimizer, self._manager, self._stage
+        del self._model, self._trained, self._optimizer, self._manager, self._stage
         gc.collect()
         self._bmt.synchronize()
         self._bmt.nccl.commDestroy(self._bmt.config["comm"])
-
-    def _initialise(self) -> None:
-        """Draw whole matrices, the same as the torch engine, and keep what this rank holds of each."""
-        torch.manual_seed(self._settings.seed)
-        for name, part in self._base.items():
-            if len(part.shape) == 2:
-                drawn = torch.empty(part.shape)
-                nn.init.normal_(drawn, std=initial_deviation(name, self._settings.model))
-                keep_own(self._bmt, part, drawn)
-
-    def _load_weights(self, path: Path) -> None:
-        """Read the base weights on rank 0, and send each whole tensor to the ranks, which keep their parts."""
-        weights: dict[str, Tensor] = {}
-        failure: UserError | None = None
-        if self._placement.rank == 0:
-            try:
-                weights = read_tensors(path)
-                shapes = {name: part.shape for name, part in self._base.items()}
-                check_weights(shapes, self._settings.model, weights, str(path))
-            except UserError as error:
-                failure = error
-        if self.any_flag(failure is not None):
-            raise failure or UserError(f"rank 0 cannot use {path}; its message says why")
-        for name, part in self._base.items():
-            whole = torch.empty(part.shape, dtype=self._type, device=self._device)
-            if self._placement.rank == 0:
-                whole.copy_(weights.pop(name))
-            with torch.no_grad():
-                keep_own(self._bmt, part, self._bmt.distributed.broadcast(whole, 0))
 
     def _await_copies(self) -> None:
         """Have weights in place: BMTrain gathers them on a stream of its own, which does not wait for copies."""

@@ -63,6 +63,7 @@ class PartOptimizer:
         """Take over, with its memory, what :meth:`state` yielded for one part; ``updates`` must be right already."""
         parameter = self._parts[name].parameter
         parameter.detach().copy_(state["weight"])
+        self.adam.state.pop(parameter, None)
         if self.updates == 0 or parameter.numel() == 0:
             return
         self.adam.state[parameter] = self._as_kept(parameter, state, loss_scale if self._scaled else 1.0)

@@ -1,9 +1,10 @@
 """The BMTrain engine's state on disk: each rank its own parts, from which any other number of ranks takes its own.
 
 ``part-R.pt`` of rank R holds flat fp32 ranges of ``NAME/weight`` (the optimizer's copy), ``NAME/exp_avg`` and
-``NAME/exp_avg_sq``, and the rank's random states; ``parts.json`` how many ranks there were, the updates so far, and
-the loss scale. Which elements a range holds follows from the number of ranks
-(:meth:`cpm_cluster.training.engines.bmtrain_layers.Part.held_by`). No rank needs memory for more than its parts.
+``NAME/exp_avg_sq``; ``generators-R.pt`` its random states; ``parts.json`` how many ranks there were, the updates so
+far, and the loss scale. Which elements a range holds follows from the number of ranks
+(:meth:`cpm_cluster.training.engines.bmtrain_layers.Part.held_by`). No rank needs memory for more than its parts, and
+one file of others where they were cut otherwise.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ from torch import Tensor
 
 from cpm_cluster.training.engines.bmtrain_layers import Part
 from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer
-from cpm_cluster.training.engines.torch_state import read_tensors
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_atomically, write_json
+from cpm_cluster.training.formats.tensor_files import read_tensors
 
 _INDEX = "parts.json"
-_GENERATORS = "generators/"
 _KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -46,15 +46,17 @@ class StagedParts:
     rank: int
     index: Index
     tensors: dict[str, Tensor]
+    generators: dict[str, Tensor]
 
     def write(self) -> list[Path]:
-        """Write this rank's parts, and from rank 0 the index."""
-        files = [self.directory / _file_of(self.rank)]
-        write_atomically(files[0], partial(torch.save, self.tensors))
-        if self.rank == 0:
-            files.append(self.directory / _INDEX)
-            write_json(files[1], asdict(self.index))
-        return files
+        """Write this rank's parts and random states, and from rank 0 the index."""
+        parts, generators = self.directory / _parts(self.rank), self.directory / _generators(self.rank)
+        write_atomically(parts, partial(torch.save, self.tensors))
+        write_atomically(generators, partial(torch.save, self.generators))
+        if self.rank > 0:
+            return [parts, generators]
+        write_json(self.directory / _INDEX, asdict(self.index))
+        return [parts, generators, self.directory / _INDEX]
 
     def gather_index(self) -> Callable[[], list[Path]]:
         """Nothing is left to write: the index needs no other rank."""
@@ -74,7 +76,7 @@ class Stage:
                 self._memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._memory[name].copy_(tensor, non_blocking=True)
         torch.cuda.synchronize()
-        return {**self._memory, **generators()}
+        return self._memory
 
 
 def read_index(directory: Path) -> Index:
@@ -93,7 +95,7 @@ def load_parts(
     for writer in range(index.world_size):
         written = {name: part.held_by(writer, index.world_size) for name, part in parts.items()}
         if any(one.overlaps(written[name]) for name, one in found.items()):
-            tensors = read_tensors(directory / _file_of(writer))
+            tensors = read_tensors(directory / _parts(writer))
             _check_names(tensors, parts, directory)
             for name, one in found.items():
                 one.take(written[name], name, tensors)
@@ -103,23 +105,22 @@ def load_parts(
 
 
 def _check_names(tensors: Mapping[str, Tensor], parts: Mapping[str, Part], directory: Path) -> None:
-    names = {name.rpartition("/")[0] for name in tensors if not name.startswith(_GENERATORS)}
-    if names != set(parts):
+    if {name.rpartition("/")[0] for name in tensors} != set(parts):
         raise UserError(f"{directory} holds other parameters than this run trains")
 
 
 def load_generators(directory: Path, rank: int) -> None:
     """Restore this rank's random states; a rank that the saved run did not have keeps its own."""
-    path = directory / _file_of(rank)
+    path = directory / _generators(rank)
     if path.exists():
-        tensors = read_tensors(path)
-        torch.set_rng_state(tensors[_GENERATORS + "cpu"])
-        torch.cuda.set_rng_state(tensors[_GENERATORS + "cuda"])
+        states = read_tensors(path)
+        torch.set_rng_state(states["cpu"])
+        torch.cuda.set_rng_state(states["cuda"])
 
 
-def generators() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
     """Return this rank's random states."""
-    return {_GENERATORS + "cpu": torch.get_rng_state(), _GENERATORS + "cuda": torch.cuda.get_rng_state()}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
 
 
 class _Found:
@@ -147,5 +148,9 @@ class _Found:
             ]
 
 
-def _file_of(rank: int) -> str:
+def _parts(rank: int) -> str:
     return f"part-{rank}.pt"
+
+
+def _generators(rank: int) -> str:
+    return f"generators-{rank}.pt"

@@ -121,8 +121,13 @@ class StagedTensors:
         file = directory / f"{self._plan.storage_data.prefix}0.distcp"
         # Nothing to copy ahead from a GPU: the tensors have left it.
         writer = FileSystemWriter(directory, per_thread_copy_ahead=0)
-        with naming(file):
-            self._written = writer.write_data(self._plan, self).wait()  # type: ignore[arg-type]
+        try:
+            with naming(file):
+                self._written = writer.write_data(self._plan, self).wait()  # type: ignore[arg-type]
+        except OSError:
+            # On a full disk others need the room now: the records, and that of this error.
+            file.unlink(missing_ok=True)
+            raise
         return [file]
 
     def resolve_data(self, item: Any) -> Tensor:

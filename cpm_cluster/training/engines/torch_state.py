@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from inspect import signature
 from pathlib import Path
-from typing import Any, Callable, Mapping
-from zipfile import is_zipfile
+from typing import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,26 +19,10 @@ from cpm_cluster.training.engines.fsdp import whole
 from cpm_cluster.training.engines.sharded_state import StagedTensors, read_index, read_tensors_into
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_atomically, write_json
+from cpm_cluster.training.formats.tensor_files import read_tensors
 
 _MODEL, _OPTIMIZER, _STEP = "model.", "optimizer.", "step"
 _LOSS_SCALE = "loss_scale.json"
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return a dictionary of tensors on the CPU, mapped where torch can (2.1), without running code from the file.
-
-    Raises UserError when the file cannot be read or holds anything else.
-    """
-    try:
-        mapped: dict[str, Any] = (
-            {"mmap": True} if "mmap" in signature(torch.load).parameters and is_zipfile(path) else {}
-        )
-        tensors = torch.load(path, map_location="cpu", weights_only=True, **mapped)
-    except Exception as error:  # torch raises many kinds here: OSError, UnpicklingError, RuntimeError, …
-        raise UserError("cannot read weights from {}: {}".format(path, str(error).split("\n")[0])) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} is not a dictionary of tensors")
-    return tensors
 
 
 def save_trained(path: Path, parameters: Mapping[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ def test_every_verb_explains_itself_with_an_example(capsys, verb):
     assert max(map(len, text.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("verb", ["status", "cancel", "resume", "runs"])
+@pytest.mark.parametrize("verb", ["status", "cancel", "resume", "runs", "export"])
 def test_every_verb_on_runs_speaks_json_and_finds_them_elsewhere(capsys, verb):
     text = output_of(capsys, verb, "--help")[1]
     assert "--json" in text and "--runs-dir" in text and "CPM_RUNS_DIR" in text

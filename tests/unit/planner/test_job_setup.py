@@ -119,3 +119,18 @@ class TestRun:
         assert job_setup(replace(packaged("sft_cpm9g_command"), workload=None)) is None
         bare = SMALL.replace("data:", "engine: command\ncommand: [x]\nenv: {A: b}\n#").replace("model:", "#")
         assert job_setup(small(tmp_path, job=bare)) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "masks"),
+    [
+        ((), False),  # flash-attn is in the image
+        (("image.flash_attn=null",), True),
+        (("image.flash_attn=null", "image.torch=2.10.0"), False),
+        (("training.attention=sdpa",), True),
+        (("training.precision=fp32",), True),
+    ],
+)
+def test_rows_need_masks_where_no_kernel_is_told_where_documents_begin(overrides: tuple[str, ...], masks: bool) -> None:
+    auto = ("engine=torch", "training.attention=auto")
+    assert setup_of(packaged("lora_10b", *auto, *overrides)).row_masks is masks

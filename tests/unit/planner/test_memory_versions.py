@@ -147,15 +147,15 @@ class TestOurTorchEngine:
     def held(self, setup: Setup) -> dict[str, int]:
         return sizes(in_wide_weights(gpu_need(setup), setup), "end of the forward pass")
 
-    def test_attention_saves_the_mask_of_packed_rows_in_every_block(self) -> None:
-        """training/attention.py: a mask of bytes, of which scaled_dot_product_attention makes one of halves."""
-        found, pairs = self.held(self.FSDP), 2 * 2048**2
-        assert found["mask of packed rows"] == pairs
-        assert found["mask as attention saves it"] == 2 * pairs * 32
+    def test_all_blocks_share_one_mask_of_packed_rows(self) -> None:
+        """training/attention.py: a number in half precision for each pair of positions of each row."""
+        for recompute in ("none", "full"):
+            found = self.held(replace(self.FSDP, recompute=recompute))
+            assert found["mask of packed rows"] == 2 * 2 * 2048**2
 
-    def test_recomputing_leaves_one_of_them(self) -> None:
-        found = self.held(replace(self.FSDP, recompute="full"))
-        assert found["mask as attention saves it"] == 2 * 2 * 2048**2
+    def test_a_kernel_that_is_told_where_documents_begin_needs_no_mask_and_repeats_no_keys(self) -> None:
+        grouped = replace(self.FSDP, shape=replace(LLAMA_7B, kv_heads=8), row_masks=False)
+        assert not self.held(grouped).keys() & {"mask of packed rows", "keys and values of all heads"}
 
     def test_grouped_keys_are_saved_for_all_heads(self) -> None:
         grouped = replace(self.FSDP, shape=replace(LLAMA_7B, kv_heads=8), recompute="full")

@@ -23,6 +23,7 @@ from cpm_cluster.training.attention import (
     varlen_kernel,
 )
 from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.model import CPM, initialise
 
 CPU = torch.device("cpu")
 HALF_ON_CPU = Demands(CPU, torch.bfloat16, 64, deterministic=False)
@@ -235,6 +236,49 @@ class TestParity:
         layout = layout_of(case, kernel, torch.bfloat16, gpu)
 
         assert_as_exact_as_the_naive_way(lambda q, k, v: attend(q, k, v, layout), case, torch.bfloat16, gpu)
+
+
+class TestModel:
+    """The whole model on each kernel, plain and with recomputed activations."""
+
+    ROW = ([1, 5, 9, 4], [1], [1, 7, 8])
+
+    @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+    @pytest.mark.parametrize("name", ["sdpa", "math", *Recorder().kernels])
+    def test_packed_documents_and_their_gradients_are_those_of_documents_by_themselves(
+        self, tiny_settings, name, recompute
+    ):
+        recorder = Recorder()
+        kernel = recorder.kernels.get(name) or kernels_of(name)
+        models = [
+            CPM(tiny_settings().model, kernel=kernels_of("math")),
+            CPM(tiny_settings().model, recompute, kernel=kernel),
+        ]
+        torch.manual_seed(0)
+        initialise(models[0])
+        models[1].load_state_dict(models[0].state_dict())
+        ids = [token for document in self.ROW for token in document] + [0, 0]
+        documents = [number for number, document in enumerate(self.ROW) for _ in document] + [-1, -1]
+        positions = [place for document in self.ROW for place in range(len(document))] + [0, 0]
+
+        packed = models[1](torch.tensor([ids]), torch.tensor([documents]), torch.tensor([positions]))[0, :8]
+        alone = [
+            models[0](row, torch.zeros_like(row), torch.arange(row.shape[1])[None])[0] for row in map(as_row, self.ROW)
+        ]
+        for logits in (packed, torch.cat(alone)):
+            logits.square().sum().backward()
+
+        torch.testing.assert_close(packed, torch.cat(alone), atol=1e-6, rtol=1e-5)
+        for (key, weight), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(other.grad, weight.grad, atol=1e-5, rtol=1e-4, msg=key)
+        if recorder.calls:
+            assert all(call["begins"] == [0, 4, 5, 8, 10] and call["longest"] == 4 for call in recorder.calls)
+            assert len(recorder.calls) == (4 if recompute else 2)  # two layers
+
+
+def as_row(ids: list[int]) -> torch.Tensor:
+    """One row [1, T]."""
+    return torch.tensor([ids])
 
 
 class TestLayout:

@@ -8,7 +8,9 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import bmtrain_ranks
 import bmtrain_shim
@@ -17,6 +19,10 @@ import torch
 from conftest import TinyRun
 
 from cpm_cluster.training.engines.bmtrain_layers import Part
+from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer
+from cpm_cluster.training.engines.bmtrain_versions import import_bmtrain, join
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.placement import Placement
 
 OLD, NEW = bmtrain_shim.VERSIONS
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["project_q", "project_v", "w_out"]}
@@ -24,7 +30,7 @@ METHODS = {"full": {"kind": "full"}, "lora": LORA}
 GENTLE = {"training.lr": 2e-3, "training.warmup_steps": 1}
 
 # How far six losses (about 5.5 nats) may be from those of the torch engine in fp32 in one process.
-TOLERANCE = {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3}
+TOLERANCE = {"fp32": 2e-6, "fp16": 4e-4, "bf16": 4e-3}
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +277,42 @@ def test_the_ranks_parts_make_up_each_parameter(world_size):
         part = Part(torch.nn.Parameter(torch.empty(0)), torch.Size(shape), offset, total)
         held = [element for rank in range(world_size) for element in part.held_by(rank, world_size)]
         assert held == list(range(part.shape.numel()))
+
+
+def test_a_state_from_before_the_first_update_has_no_moments(tiny_settings):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = PartOptimizer(None, {"w": Part(parameter, torch.Size([2, 2]), 0, 4)}, tiny_settings().training)
+    start = {name.rpartition("/")[2]: tensor.clone() for name, tensor in optimizer.state(loss_scale=1.0)}
+    parameter.grad = torch.ones(4)
+    optimizer.adam.step()
+    optimizer.restore("w", start, loss_scale=1.0)
+    assert parameter.tolist() == [1.0] * 4
+    assert not optimizer.adam.state
+
+
+@pytest.mark.parametrize("version", [OLD, NEW])
+def test_a_run_of_one_process_takes_any_free_port_and_says_the_stage_where_it_is_asked_for(monkeypatch, version):
+    for name, value in (("MASTER_ADDR", ""), ("MASTER_PORT", "")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    seen = []
+    init = {
+        OLD: lambda init_method="env://", seed=0, zero_level=3: seen.append((seed, zero_level)),
+        NEW: lambda init_method="env://", seed=0, tp_size=1: seen.append((seed,)),
+    }
+    join(SimpleNamespace(init_distributed=init[version]), Placement(0, 1, 0), 7, 2)
+    assert seen == [(7, 2) if version == OLD else (7,)]
+    assert os.environ["MASTER_PORT"] == "0"
+
+
+def test_without_bmtrain_the_user_is_told_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bmtrain", None)
+    with pytest.raises(UserError, match="BMTrain is not installed here; name an image that has it"):
+        import_bmtrain()
+
+
+def test_a_bmtrain_without_nccl_is_told_apart_from_none(monkeypatch, tmp_path):
+    (tmp_path / "bmtrain.py").write_text("raise ImportError('libnccl.so.2: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded .libnccl.so.2: cannot open.*needs libnccl.so.2 and a CUDA"):
+        import_bmtrain()

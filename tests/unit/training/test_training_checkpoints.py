@@ -9,6 +9,7 @@ import pickle
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -215,6 +216,18 @@ def test_a_full_disk_ends_the_run_with_the_file_s_name_and_leaves_the_earlier_ch
 
     assert names(root) == ["latest", "step-00000001"] and damage_of(root / "step-00000001") is None
     assert make().resume(LineEngine()).step == 1
+
+
+def test_a_save_that_will_not_fit_is_not_begun(make, root, monkeypatch):
+    engine, checkpoints = LineEngine(), make()
+    saved(checkpoints, engine, 1)
+    free = sum(path.stat().st_size for path in (root / "step-00000001").glob("[!m]*")) - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+    with pytest.raises(CheckpointError, match="no space left on device: .* 0 MiB free, and the last checkpoint took"):
+        saved(checkpoints, engine, 2)
+
+    assert names(root) == ["latest", "step-00000001"]
 
 
 def test_a_failure_while_publishing_is_an_error_too(make, root, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_training_attention import Recorder
 from torch.nn import functional
 
 from cpm_cluster.training.decoding import Continuation, continue_together
@@ -14,13 +15,15 @@ END = 2
 PROMPTS = [[1, 50, 60, 70, 80, 90, 100], [1, 50], [1], [1, 9, 8, 7, 6]]
 
 
-@pytest.fixture(params=["grouped", "each its own", "no SDPA"])
+@pytest.fixture(params=["grouped", "each its own", "no SDPA", "varlen for the prompts"])
 def model(request, tiny_settings, monkeypatch):
     """A model of larger weights than at the start of training, so that tokens matter."""
     if request.param == "no SDPA":
         monkeypatch.delattr(functional, "scaled_dot_product_attention", raising=False)
     torch.manual_seed(0)
-    model = CPM(tiny_settings(**{"model.kv_heads": 4 if request.param == "each its own" else 2}).model)
+    kernel = Recorder().kernels["flash 2.8"] if request.param == "varlen for the prompts" else None
+    settings = tiny_settings(**{"model.kv_heads": 4 if request.param == "each its own" else 2}).model
+    model = CPM(settings, kernel=kernel)
     initialise(model)
     with torch.no_grad():
         for weight in model.parameters():

@@ -124,6 +124,16 @@ def test_steps_go_on_while_a_slow_disk_writes_the_state_of_before(tiny_run):
         assert_same_tensors(whole_state(run, step), whole_state(waiting, step))
 
 
+def test_a_run_that_diverges_still_finishes_the_save_in_flight(tiny_run):
+    run = tiny_run(**{**QUIET, "training.lr": 1e30, "training.warmup_steps": 0, "training.clip_grad_norm": 1e30})
+    run.change("training.checkpoint", {"every": 1, "keep": 2, "asynchronous": True})
+
+    assert finish(start_ranks(run.write_settings(), 2, run.directory, prepare=SlowDisk(1.0))) == [1, 1]
+
+    assert run.json("errors/rank-1.json")["type"] == "FloatingPointError"
+    assert damage_of(run.directory / "checkpoints/step-00000001") is None
+
+
 def test_a_disk_that_fills_up_ends_the_run_with_a_reason_and_costs_no_earlier_checkpoint(tiny_run):
     changes = {**QUIET, "training.steps": 6, "training.checkpoint": {"every": 2, "keep": 2, "asynchronous": True}}
     straight, run = tiny_run("straight", **changes), tiny_run("full", **changes)
@@ -134,7 +144,8 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_reason_and_costs_no_earlier_ch
     for rank in range(2):
         error = run.json(f"errors/rank-{rank}.json")
         assert error["type"] == "CheckpointError" and not error["user_error"]
-        assert "rank 1: [Errno 28] No space left on device: " in error["message"]
+        begins = "the checkpoint of step 4 could not be written: rank 1: [Errno 28] No space left on device: "
+        assert error["message"].startswith(begins)
         assert error["message"].endswith("/checkpoints/.step-00000004.partial/__1_0.distcp'")
     assert sorted(path.name for path in (run.directory / "checkpoints").iterdir()) == ["latest", "step-00000002"]
     assert run.train() == [0, 0]

@@ -11,8 +11,8 @@ from torch.nn import functional
 from cpm_cluster.training.attention import rotary_angles, rotate
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.layers import RMSNorm
-from cpm_cluster.training.lora import attach_lora, merge_lora
-from cpm_cluster.training.model import CPM, initialise, load_weights
+from cpm_cluster.training.lora import Delta, attach_lora, merged
+from cpm_cluster.training.model import CPM, check_weights, initialise
 from cpm_cluster.training.settings import LoraTuning
 
 LORA = LoraTuning("lora", 4, 8.0, 0.0, ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out"))
@@ -135,13 +135,13 @@ def test_recomputing_activations_changes_no_gradient(make_model):
 
 def test_weights_that_do_not_fit_are_refused_by_name(make_model):
     model = make_model()
-    weights = model.state_dict()
+    own, weights = model.state_dict(), model.state_dict()
     del weights["lm_head.weight"]
     weights["extra.weight"] = torch.zeros(1)
     weights["encoder.output_layernorm.weight"] = torch.zeros(3)
 
     with pytest.raises(UserError) as caught:
-        load_weights(model, weights, "base.pt")
+        check_weights({name: weight.shape for name, weight in own.items()}, model.settings, weights, "base.pt")
 
     message = str(caught.value)
     assert "base.pt does not fit model cpm-test: 3 key(s) differ" in message
@@ -171,11 +171,11 @@ def test_merged_weights_compute_what_base_and_delta_compute(make_model):
     delta = {name: weight for name, weight in everything.items() if ".lora." in name}
     base = {name: weight for name, weight in everything.items() if ".lora." not in name}
 
-    merged = make_model()
-    merged.load_state_dict(merge_lora(base, delta, alpha=8.0))
+    whole = make_model()
+    whole.load_state_dict(dict(merged(base, Delta(delta, alpha=8.0))))
 
-    torch.testing.assert_close(logits_of(merged, [1, 5, 9]), logits_of(adapted, [1, 5, 9]), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(logits_of(make_model(), [1, 5, 9]), logits_of(merged, [1, 5, 9]), atol=1e-3)
+    torch.testing.assert_close(logits_of(whole, [1, 5, 9]), logits_of(adapted, [1, 5, 9]), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits_of(make_model(), [1, 5, 9]), logits_of(whole, [1, 5, 9]), atol=1e-3)
 
 
 def test_a_delta_of_another_model_is_not_merged(make_model):
@@ -183,4 +183,4 @@ def test_a_delta_of_another_model_is_not_merged(make_model):
     delta = {"nowhere.lora.lora_A": torch.zeros(2, 32), "nowhere.lora.lora_B": torch.zeros(32, 2)}
 
     with pytest.raises(UserError, match="nowhere.weight does not fit"):
-        merge_lora(base, delta, alpha=1.0)
+        merged(base, Delta(delta, alpha=1.0))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_ranks import finish, wait_for
 
-from cpm_cluster.training import merge_delta
 from cpm_cluster.training.engines.sharded_state import read_index
+from cpm_cluster.training.export import Wanted, export
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -130,8 +131,8 @@ def test_a_merged_delta_evaluates_like_the_tuned_model(tiny_run):
     tuned = tiny_run("tuned", method=lora, init_from=weights)
     assert tuned.train() == [0, 0]
 
-    merged = str(tuned.directory / "merged.pt")
-    assert merge_delta.main([weights, str(tuned.directory / "weights/delta.pt"), merged, "--alpha", "8"]) == 0
+    merged = str(tuned.directory / "merged")
+    export(Wanted(tuned.directory, "hf", Path(merged), True, None, None, False), Path, lambda *progress: None)
     # One step at a rate of nearly nothing: its evaluation is that of the merged weights.
     checked = tiny_run("checked", init_from=merged, **{"training.steps": 1, "training.lr": 1e-12})
     checked.change("training.warmup_steps", 0)
