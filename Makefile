@@ -10,6 +10,8 @@ READY := $(VENV)/.ready
 BENCH := .venv-bench
 # the version that the tests are run with; any torch >= 2.4 will do
 TORCH ?= torch==2.13.0
+# the tests run their Python code alone, on CPUs: any interpreter will do, and no CUDA; without them, their tests skip
+BMTRAIN := 0.2.3.post2 1.0.1
 
 .PHONY: demo test lint bench clean
 
@@ -36,7 +38,7 @@ bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/planner_accuracy.py --hold-out
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .bmtrain build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cpm-cluster needs Python 3.10 or newer; make PYTHON=python3.11 …")'
@@ -44,6 +46,9 @@ $(READY): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dashboard,test]'
 	$(BIN)/python -m compileall -q cpm_cluster
+	-for version in $(BMTRAIN); do $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --only-binary :all: --python-version 3.11 --platform manylinux2014_x86_64 \
+	    --target .bmtrain/$$version bmtrain==$$version || exit; done
 	touch $@
 
 # peers in an environment of their own, beside an ordinary (not editable) installation

@@ -13,7 +13,7 @@ from cpm_cluster.planner import cpu
 from cpm_cluster.planner.calibrate import CalibrationError, MeasuredRun, Models, Refusal, calibrate
 from cpm_cluster.planner.calibration import Calibration, Subject
 from cpm_cluster.planner.calibration_file import calibration_text, file_name, find_calibration
-from cpm_cluster.planner.demands import in_wide_weights
+from cpm_cluster.planner.demands import in_our_engine
 from cpm_cluster.planner.gpu_memory import gpu_memory
 from cpm_cluster.planner.host_memory import host_memory
 from cpm_cluster.planner.job_setup import CPU, as_loaded, job_setup
@@ -25,7 +25,7 @@ from cpm_cluster.specs.job import JobSpec
 
 # As the answer plans our engines, with the allocator's cache, which nvidia-smi counts.
 GPU_MODELS = Models(
-    gpu_memory=lambda setup: in_wide_weights(gpu_memory(setup), setup),
+    gpu_memory=lambda setup: in_our_engine(gpu_memory(setup), setup),
     host_memory=lambda setup: host_memory(as_loaded(setup)),
 )
 CPU_MODELS = replace(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.memory_constants import FITTED, MemoryConstants
@@ -22,10 +23,11 @@ from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import Stage
 
 KORTHIKANTI = "Korthikanti et al. 2022"
-# Since 4.45 of transformers models leave logits as the head gives them, and the loss makes them fp32 once, with labels
-# shifted instead of them: log-softmax 4 and its gradient 4.
+# Beside the logits themselves, where the loss makes them fp32 once and shifts labels in their place: log-softmax 4 and
+# its gradient 4.
 LOGITS_ONCE = 8.0
-LOSS_SINCE_4_45 = "transformers/loss/loss_utils.py, counted"
+SHIFTS_LABELS = (4, 49)  # transformers/loss/loss_utils.py, ForCausalLMLoss
+KEEPS_ONE_LOGIT = (4, 45)  # num_logits_to_keep, of a prompt
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,8 @@ def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, 
         return constants.logits_half, FITTED
     if setup.engine_version.startswith("ms-swift"):
         return constants.logits_metrics, FITTED
-    if keeps_logits_half(setup):
-        return stream_bytes(setup) + LOGITS_ONCE, LOSS_SINCE_4_45
+    if shifts_labels(setup):
+        return stream_bytes(setup) + LOGITS_ONCE, "transformers/loss/loss_utils.py, counted"
     if setup.engine == "none" or setup.precision == "fp32":
         return constants.logits_autocast, FITTED
     if setup.engine == "deepspeed" and _model_upcasts(setup):
@@ -217,12 +219,17 @@ def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, 
 
 def transformers_version(setup: Setup) -> tuple[int, int] | tuple[()]:
     """(4, 49); empty where nothing says."""
-    stated = re.search(r"transformers (\d+)\.(\d+)", setup.engine_version)
+    return _transformers_version(setup.engine_version)
+
+
+@lru_cache
+def _transformers_version(software: str) -> tuple[int, int] | tuple[()]:
+    stated = re.search(r"transformers (\d+)\.(\d+)", software)
     return (int(stated.group(1)), int(stated.group(2))) if stated else ()
 
 
-def keeps_logits_half(setup: Setup) -> bool:
-    return transformers_version(setup) >= (4, 45)
+def shifts_labels(setup: Setup) -> bool:
+    return transformers_version(setup) >= SHIFTS_LABELS
 
 
 def _model_upcasts(setup: Setup) -> bool:
@@ -245,13 +252,13 @@ def _model_upcasts(setup: Setup) -> bool:
 def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: MemoryConstants) -> int:
     """Bytes that logits may take on top, by the model's code.
 
-    In training older code of Llama's and GLM's kind may make half logits fp32, too, and a program's own loss shifts fp32
-    ones, which is a copy; in inference some code computes the logits of a whole prompt, in half and fp32.
+    In training older code of Llama's and GLM's kind may make half logits fp32, too, and a program's own loss may shift
+    fp32 ones, which is a copy; in inference some code computes the logits of a whole prompt, in half and fp32.
     """
     if setup.mode == "infer":
-        one = keeps_logits_half(setup)  # which came with num_logits_to_keep
+        one = transformers_version(setup) >= KEEPS_ONE_LOGIT
         return 0 if one else round(6 * setup.tokens * setup.shape.vocab / setup.tp)
-    if keeps_logits_half(setup) and widens_embeddings(setup):
+    if shifts_labels(setup) and widens_embeddings(setup):
         return 4 * sum(c.bytes for c in passing if c.name == "logits") // round(stream_bytes(setup) + LOGITS_ONCE)
     upcasts = setup.shape.gated_mlp or setup.shape.kind == "glm"
     if setup.engine != "deepspeed" or not upcasts or setup.precision == "fp32" or setup.fused_cross_entropy:

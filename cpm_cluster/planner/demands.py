@@ -56,7 +56,7 @@ def gpu_demand(setup: Setup, calibration: Calibration | None = None) -> Demand:
 
 def card_memory(setup: Setup, calibration: Calibration | None = None) -> GpuMemory:
     """What a card must have."""
-    return calibrated_gpu(calibration, setup, lambda one: in_wide_weights(gpu_need(one), one))
+    return calibrated_gpu(calibration, setup, lambda one: in_our_engine(gpu_need(one), one))
 
 
 def host_demand(setup: Setup, capacity: int | None, calibration: Calibration | None = None) -> Demand:
@@ -78,7 +78,7 @@ def node_memory(setup: Setup, calibration: Calibration | None = None) -> HostIns
 def cpu_demand(setup: Setup, capacity: int | None) -> Demand:
     """Without GPUs, what would be on them is in the memory of the node, once for each rank."""
     ranks = setup.ranks_per_node
-    memory = in_wide_weights(gpu_memory(replace(setup, metric="allocated")), setup)
+    memory = in_our_engine(gpu_memory(replace(setup, metric="allocated")), setup)
     binding = memory.binding
     base = part("processes", f"{ranks} × {CPU_RANK_BYTES / GB:g} GB", ranks * CPU_RANK_BYTES, "measured")
     each = tuple(_times(component, ranks) for component in binding.components)
@@ -101,7 +101,7 @@ def run_time(spec: JobSpec, setup: Setup, calibration: Calibration | None = None
     )
 
 
-def in_wide_weights(memory: GpuMemory, setup: Setup) -> GpuMemory:
+def in_our_engine(memory: GpuMemory, setup: Setup) -> GpuMemory:
     """What our torch engine holds beyond what the model of its kind counts, on top of every instant.
 
     It keeps frozen weights and adapters in fp32, and casts them as it computes: the model of adapters counts 2 bytes of

@@ -108,7 +108,8 @@ def gpu_need(setup: Setup, constants: MemoryConstants = CONSTANTS) -> GpuMemory:
 
     Of Megatron's equal blocks it can't, of BMTrain's gathered ones only by stopping both streams at every block.
     """
-    return gpu_memory(replace(setup, metric="nvml"), constants, cache=setup.engine in ("megatron", "bmtrain"))
+    shown = setup if setup.metric == "nvml" else replace(setup, metric="nvml")  # a copy is a third of a plan
+    return gpu_memory(shown, constants, cache=setup.engine in ("megatron", "bmtrain"))
 
 
 def gpu_memory(setup: Setup, constants: MemoryConstants = CONSTANTS, cache: bool = True) -> GpuMemory:

@@ -118,7 +118,10 @@ def _loaded(setup: Setup) -> Component:
     readers = setup.ranks_per_node if everyone else 1
     size = readers * factor * width * setup.shape.parameters / (setup.tp * setup.pp)
     return part(
-        "weights as they are read", f"{readers} × {factor:g} × {width:.3g}N", size, "DeepSpeedExamples#498; 1.3 is fitted"
+        "weights as they are read",
+        f"{readers} × {factor:g} × {width:.3g}N",
+        size,
+        "DeepSpeedExamples#498; 1.3 is fitted",
     )
 
 

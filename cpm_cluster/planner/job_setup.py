@@ -54,8 +54,7 @@ def job_setup(spec: JobSpec) -> Setup | None:
         zero_init=True,
         bucket_elements=0,  # DeepSpeed's defaults: jobs have no keys for its buckets
         max_live_params=0,
-        # DeepSpeed's default. BMTrain gathers a block ahead in any case: in the forward pass, where its model counts a
-        # gradient buffer that is not there yet (bmtrain/block_layer.py), that is the same.
+        # DeepSpeed's default. BMTrain gathers a block ahead in any case, and its model counts it so.
         overlap_comm=spec.engine == "deepspeed" and stage == 3,
         precision=training.precision,
         micro_batch=training.micro_batch,

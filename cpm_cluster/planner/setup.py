@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Kind = Literal["decoder", "glm", "t5", "bert"]
@@ -19,7 +20,7 @@ QUANTISED = ("nf4", "nf4_dq", "int4_gptq", "int4", "int8_gptq", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The shape of a transformer, as in its config.json."""
+    """The shape of a transformer, as in its config.json; a search plans thousands of setups with the same one."""
 
     hidden: int
     layers: int  # of a T5: encoder + decoder
@@ -37,15 +38,15 @@ class Shape:
     def size_of_head(self) -> float:
         return self.head_dim or self.hidden / self.heads
 
-    @property
+    @cached_property
     def attention_width(self) -> int:
         return round(self.heads * self.size_of_head)
 
-    @property
+    @cached_property
     def kv_width(self) -> int:
         return round(self.kv_heads * self.size_of_head)
 
-    @property
+    @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of one block."""
         shapes = {
@@ -60,13 +61,13 @@ class Shape:
             shapes["gate"] = (self.hidden, self.ffn)
         return shapes
 
-    @property
+    @cached_property
     def adapter_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of what an adapter can sit on, in one block; `qkv` is one fused matrix."""
         fused = {"qkv": (self.hidden, self.attention_width + 2 * self.kv_width)}
         return {**self.linear_shapes, **fused}
 
-    @property
+    @cached_property
     def linear_parameters_per_layer(self) -> int:
         return sum(rows * columns for rows, columns in self.linear_shapes.values())
 
@@ -80,7 +81,7 @@ class Shape:
         """Embedding and output head, or one for both."""
         return 1 if self.tied_embeddings else 2
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """All of them, embeddings included."""
         if self.parameters_stated:

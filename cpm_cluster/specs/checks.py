@@ -478,6 +478,8 @@ def _training(spec: JobSpec) -> Iterator[Finding]:
         yield "training.zero_stage", f"{training.zero_stage} is not a stage of BMTrain; write 2 or 3"
     if spec.engine == "torch" and training.offload_optimizer:
         yield "training.offload_optimizer", "the torch engine keeps its optimizer on the GPU; use bmtrain or deepspeed"
+    if spec.engine == "bmtrain" and training.offload_optimizer and training.precision == "fp32":
+        yield "training.offload_optimizer", "BMTrain's AdamOffload computes in fp16 or bf16; write one, or false here"
     if training.precision == "fp16" and spec.resources.gpus_per_node == 0:
         yield "training.precision", "fp16 with a loss scale needs GPUs; on CPUs use bf16 or fp32"
     if training.eval_every and spec.data and not spec.data.eval:

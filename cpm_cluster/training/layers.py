@@ -63,14 +63,18 @@ TORCH_LAYERS = TorchLayers()
 
 
 class UninitialisedLayers(TorchLayers):
-    """Plain torch layers of one type without memory (on torch's meta device), for weights that are read."""
+    """Plain torch layers without memory (on torch's meta device), for weights that are read.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    All are of one type, but for the linear layers if these have another.
+    """
+
+    def __init__(self, dtype: torch.dtype, linear: torch.dtype | None = None) -> None:
         self._where: Any = {"device": "meta", "dtype": dtype}
+        self._linear: Any = {"device": "meta", "dtype": linear or dtype}
 
     def linear(self, inputs: int, outputs: int) -> nn.Module:
         """See :class:`TorchLayers`."""
-        return nn.Linear(inputs, outputs, bias=False, **self._where)
+        return nn.Linear(inputs, outputs, bias=False, **self._linear)
 
     def embedding(self, vocabulary: int, hidden: int) -> nn.Module:
         """See :class:`TorchLayers`."""

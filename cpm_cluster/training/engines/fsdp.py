@@ -37,6 +37,12 @@ def shard_model(model: CPM, device: torch.device, compute_type: torch.dtype | No
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 
+def shards_mixed_types() -> bool:
+    """Return whether a layer's frozen parameters may be of another type than those that are trained."""
+    release = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    return release >= (2, 9)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of a sharded tensor (collective), and any other tensor as it is."""
     gather: Any = getattr(tensor, "full_tensor", None)

@@ -18,7 +18,7 @@ from cpm_cluster.training.attention import open_kernel, segments_of
 from cpm_cluster.training.engines import Accept, StepResult, Update
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.forward_clock import ForwardClock
-from cpm_cluster.training.engines.fsdp import shard_model, whole
+from cpm_cluster.training.engines.fsdp import shard_model, shards_mixed_types, whole
 from cpm_cluster.training.engines.initial_weights import fill, open_base_weights
 from cpm_cluster.training.engines.loss_scale import LossScale
 from cpm_cluster.training.engines.process_group import announce, choose_device, join_group
@@ -70,7 +70,7 @@ class TorchEngine:
         settings = self._settings
         compute_type = self._compute_type or torch.float32
         kernel = open_kernel(settings, self._placement.rank, self._device, compute_type)
-        layers = UninitialisedLayers(torch.float32)
+        layers = UninitialisedLayers(torch.float32, self._linear_type())
         self._model = CPM(settings.model, settings.training.recompute == "full", layers, kernel)
         if isinstance(settings.method, LoraTuning):
             attach_lora(self._model, settings.method)
@@ -187,6 +187,13 @@ class TorchEngine:
         gc.collect()
         dist.destroy_process_group()
 
+    def _linear_type(self) -> torch.dtype:
+        """Frozen matrices have the compute type: they would be cast to it at each use, and it is half the memory."""
+        frozen = isinstance(self._settings.method, LoraTuning)
+        if frozen and self._compute_type is not None and (not self._sharded or shards_mixed_types()):
+            return self._compute_type
+        return torch.float32
+
     def _distribute(self, weights: Tensors | None) -> nn.Module:
         if self._sharded:
             shard_model(self._model, self._device, self._compute_type, self._settings.training.zero_stage == 3)
@@ -230,7 +237,10 @@ class TorchEngine:
 
     def _summed(self, *values: float | Tensor) -> Tensor:
         """Return each value's sum over the ranks, float64 on the device."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in values])
+        # Filled in place: to copy a number to a GPU would wait for what that computes.
+        total = torch.zeros(len(values), dtype=torch.float64, device=self._device)
+        for number, value in enumerate(values):
+            total[number] = value
         if self._placement.world_size > 1:
             dist.all_reduce(total)
         return total

@@ -35,6 +35,13 @@ def test_what_is_not_known_is_left_out(key):
         assert "None" not in progress_line(unknown)
 
 
+def test_utilisation_and_what_the_loss_guard_did_are_told():
+    parts = measures({**WHOLE, "mfu": 0.413, "guard_events": 2})
+
+    assert "MFU 41%" in parts and "guard 2×" in parts
+    assert len(measures({**WHOLE, "mfu": None, "guard_events": 0})) == 5
+
+
 def test_a_run_that_has_said_nothing_yet():
     assert progress_line({}) == "step 0/?"
 

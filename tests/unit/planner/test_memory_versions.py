@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from planned_shapes import CHATGLM_6B
 
-from cpm_cluster.planner.demands import in_wide_weights
+from cpm_cluster.planner.demands import in_our_engine
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.gpu_memory import STEP, GpuMemory, gpu_memory, gpu_need
 from cpm_cluster.planner.host_memory import host_memory, power_of_two
@@ -145,7 +145,7 @@ class TestOurTorchEngine:
     FSDP = Setup(shape=LLAMA_7B, engine="fsdp", zero_stage=3, precision="bf16", dp=8, micro_batch=2)
 
     def held(self, setup: Setup) -> dict[str, int]:
-        return sizes(in_wide_weights(gpu_need(setup), setup), "end of the forward pass")
+        return sizes(in_our_engine(gpu_need(setup), setup), "end of the forward pass")
 
     def test_all_blocks_share_one_mask_of_packed_rows(self) -> None:
         """training/attention.py: a number in half precision for each pair of positions of each row."""

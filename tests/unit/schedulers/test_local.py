@@ -93,7 +93,9 @@ def test_one_look_at_this_machine_tells_of_any_number_of_runs(made_run, monkeypa
     submission = Submission("local", str(1 << 22), platform.node())
     environment = {"PATH": os.environ["PATH"], "CPM_RUN_ID": living.id}
     with subprocess.Popen(["sleep", "60"], env=environment) as process:
-        look = open_scheduler("local").look()
+        deadline = time.monotonic() + 10
+        while not (look := open_scheduler("local").look())(living, submission):  # until it has become sleep
+            assert time.monotonic() < deadline
         process.kill()
     monkeypatch.setattr(local, "processes_of_run", None)  # looked at /proc again
     assert look(living, submission) and not look(ended, submission)

@@ -50,6 +50,11 @@ def test_noam_falls_with_the_inverse_square_root_but_not_below_the_floor():
     assert noam(10_000, 20_000, 10, 0.1) == 0.1
 
 
+@pytest.mark.parametrize("schedule", ALL)
+def test_a_run_that_only_warms_up_ends_at_the_peak(schedule):
+    assert schedule(10, 10, 10, 0.1) == 1.0
+
+
 def test_constant_stays():
     assert constant(100, 100, 10, 0.1) == 1.0
 
