@@ -29,13 +29,15 @@ lint: $(READY)
 	$(BIN)/vermin -t=3.8- --no-tips --quiet cpm_cluster/agent cpm_cluster/training cpm_cluster/launch/plan.py \
 	    cpm_cluster/launch/program.py cpm_cluster/launch/runtimes cpm_cluster/diagnosis cpm_cluster/specs/problems.py \
 	    cpm_cluster/runs/layout.py cpm_cluster/runs/records.py cpm_cluster/runs/run.py cpm_cluster/runs/state.py \
-	    cpm_cluster/runs/telemetry.py
+	    cpm_cluster/runs/telemetry.py cpm_cluster/runs/heartbeats.py
 
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/cold_start.py
 	$(BENCH)/bin/python benchmarks/launch_overhead.py
 	$(BENCH)/bin/python benchmarks/planner_speed.py
 	$(BENCH)/bin/python benchmarks/planner_accuracy.py --hold-out
+	$(BENCH)/bin/python benchmarks/data_loading.py
+	$(BENCH)/bin/python benchmarks/train_overhead.py
 
 clean:
 	rm -rf $(VENV) $(BENCH) .bmtrain build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -55,6 +57,6 @@ $(READY): setup.cfg pyproject.toml
 $(BENCH)/.ready: setup.cfg pyproject.toml $(shell find cpm_cluster configs jobs -type f -not -name '*.pyc')
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	DS_BUILD_OPS=0 $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check . torchx==0.7.0 \
+	DS_BUILD_OPS=0 $(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check '.[train]' torchx==0.7.0 \
 	    accelerate==1.15.0 deepspeed==0.19.8 transformers==5.24.0
 	touch $@

@@ -5,7 +5,8 @@
 * loop: `Run.train` as `cpm_cluster.training.finetune` calls it (data, guard, heartbeat, clipping, records and
   TensorBoard at every step), beside forward, loss, backward, clipping and AdamW written down, of the same model,
   kernel and batches, which that has in memory. Both live in one process, blocks of steps alternate, and so does who
-  goes first: a pair is two blocks that follow each other. Printed is the median of the ratios of the pairs.
+  goes first: a pair is two blocks that follow each other. Printed is the median of the ratios of the pairs. torch has
+  one thread: of several, which wait for each other, whatever else the machine does costs many times its own time.
 * checkpoint: a whole run that saves every few steps, with and without `checkpoint.asynchronous`: how long a save keeps
   training from going on (`checkpoint_seconds` of metrics.jsonl), beside the time of a step.
 * data: tokens/s that the data side gives a rank, beside those that the loop uses up.
@@ -39,10 +40,11 @@ from cpm_cluster.training.engines import open_engine
 from cpm_cluster.training.engines.torch_engine import adamw
 from cpm_cluster.training.heartbeat import Heartbeat
 from cpm_cluster.training.model import CPM, initialise
+from cpm_cluster.training.opening import open_tokenizer
 from cpm_cluster.training.packing import IGNORED, Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.progress import Progress
-from cpm_cluster.training.run import Run, finetune, open_tokenizer
+from cpm_cluster.training.run import Run, finetune
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.stop import StopRequest
@@ -53,7 +55,7 @@ SAVES, STEPS_BETWEEN_SAVES = 8, 6
 DATA_STEPS = 200
 ALONE = Placement(rank=0, world_size=1, local_rank=0)
 CORPUS = [{"path": "builtin:python-reference", "weight": None}]
-# A step of some 150 ms on two cores: of longer steps the loop would be a smaller part.
+# A step of some 200 ms on one core: of longer steps the loop would be a smaller part.
 SETTINGS: dict[str, Any] = {
     "format": 1,
     "expected_world_size": 1,
@@ -162,11 +164,11 @@ class BareLoop:
             self._done += 1
 
 
-def seconds(act: Callable[[int], None], steps: int) -> float:
-    """Of one step, in a block of several."""
-    started = time.perf_counter()
+def seconds(act: Callable[[int], None], steps: int) -> tuple[float, float]:
+    """Of one step, in a block of several: wall time, and CPU time of all threads, which others do not lengthen."""
+    started, used = time.perf_counter(), time.process_time()
     act(steps)
-    return (time.perf_counter() - started) / steps
+    return (time.perf_counter() - started) / steps, (time.process_time() - used) / steps
 
 
 def loop_figures(work: Path, pairs: int, steps: int) -> dict[str, Any]:
@@ -177,10 +179,13 @@ def loop_figures(work: Path, pairs: int, steps: int) -> dict[str, Any]:
     bare = BareLoop(settings, [data.next_batches()[0] for _ in range(pairs * steps + WARM_UP_STEPS)])
     ours.steps(WARM_UP_STEPS)
     bare.steps(WARM_UP_STEPS)
-    ours_s, bare_s = [], []
+    ours_both: list[tuple[float, float]] = []
+    bare_both: list[tuple[float, float]] = []
     for pair in range(pairs):
-        for loop, found in ((ours, ours_s), (bare, bare_s)) if pair % 2 else ((bare, bare_s), (ours, ours_s)):
+        for loop, found in ((ours, ours_both), (bare, bare_both))[:: 1 if pair % 2 else -1]:
             found.append(seconds(loop.steps, steps))
+    (ours_s, ours_cpu), (bare_s, bare_cpu) = zip(*ours_both, strict=True), zip(*bare_both, strict=True)
+    cpu_ratio = statistics.median(one / other for one, other in zip(ours_cpu, bare_cpu, strict=True))
     ratios = sorted(one / other for one, other in zip(ours_s, bare_s, strict=True))
     ratio, step_s = statistics.median(ratios), statistics.median(ours_s)
     used = ours.run.progressed.tokens_seen / ours.run.progressed.step / step_s
@@ -194,6 +199,7 @@ def loop_figures(work: Path, pairs: int, steps: int) -> dict[str, Any]:
             "step_s": step_s,
             "bare_step_s": statistics.median(bare_s),
             "ratio": ratio,
+            "cpu_ratio": cpu_ratio,
             "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
             "last_losses_differ_by": agreed,
             "wanted": {"ratio": MOST_RATIO},
@@ -270,6 +276,7 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
     yield f"loop        {1000 * loop['step_s']:.1f} ms a step, bare torch {1000 * loop['bare_step_s']:.1f} ms"
     yield f"            their last losses differ by {loop['last_losses_differ_by']:.1e}"
     yield f"            ratio of {figures['pairs']} pairs {loop['ratio']:.3f} ({low:.3f} to {high:.3f}){verdict(loop)}"
+    yield f"            ratio of their CPU time {loop['cpu_ratio']:.3f}"
     yield f"            wanted: at most {MOST_RATIO:g}"
     for key, name in (("checkpoint", "asynchronous"), ("checkpoint_at_once", "at once")):
         saving = figures[key]
@@ -288,6 +295,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="steps in a block (10)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         figures = all_figures(Path(work), options.pairs, options.steps)
     print("\n".join(table(figures)))

@@ -22,11 +22,15 @@ def is_recorded(plan: LaunchPlan, name: str) -> bool:
 
 
 def planned(plan: LaunchPlan, node: NodeFacts) -> dict[str, str]:
-    """What the ranks of this node should have, as far as the plan says: the launcher adds the rest."""
+    """What the ranks of this node should have, as far as the plan says: the launcher adds the rest.
+
+    A program of the user's own may meet as it likes: torchrun with the c10d rendezvous gives its ranks another name
+    of the first node and another port than it was told.
+    """
     found = {setting.name: setting.value or "" for setting in plan.environment if is_recorded(plan, setting.name)}
-    found.update(MASTER_ADDR=node.master_address, MASTER_PORT=node.master_port)
     if plan.program.launcher == "torchrun":
-        found["WORLD_SIZE"] = str(plan.nodes * plan.program.processes_per_node)
+        world_size = str(plan.nodes * plan.program.processes_per_node)
+        found.update(MASTER_ADDR=node.master_address, MASTER_PORT=node.master_port, WORLD_SIZE=world_size)
     return found
 
 

@@ -25,6 +25,7 @@ Examples:
   cpm export RUN --format hf --merge            of a LoRA run: base and updates as one model
   cpm export RUN --format lora                  of a LoRA run: an adapter for PEFT, and CPM-9G's -delta.pt
   cpm export RUN --format cpm9g --dtype bf16 --output /models/mine
+  cpm export RUN --format cpm9g --merge --adapter /models/their-lora --output /models/theirs
 
 """
     + exit_codes.EPILOG
@@ -42,6 +43,11 @@ Examples:
 )
 @click.option("--output", type=click.Path(path_type=Path), help="The new folder.  [default: RUN/export/FORMAT]")
 @click.option("--merge", is_flag=True, help="Fold LoRA updates into the base weights of the run's init_from.")
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="LoRA updates from elsewhere instead of the run's: PEFT's folder, or a -delta.pt of CPM-9G.",
+)
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Default: as the weights lie there.")
 @click.option("--step", type=click.IntRange(1), help="Of that checkpoint. Default: the last weights, or checkpoint.")
 @click.option("--force", is_flag=True, help="Replace an earlier export.")
@@ -52,6 +58,7 @@ def command(
     layout: str,
     output: Path | None,
     merge: bool,
+    adapter: Path | None,
     dtype: str | None,
     step: int | None,
     force: bool,
@@ -72,7 +79,7 @@ def command(
     from cpm_cluster.training.export import Wanted, export
 
     folder = (output or found.files.root / "export" / layout).absolute()
-    wanted = Wanted(found.files.root, layout, folder, merge, dtype, step, force)
+    wanted = Wanted(found.files.root, layout, folder, merge, dtype, step, force, adapter)
     try:
         with _display(as_json) as note:
             record = export(wanted, lambda path: on_this_host(found, path), note)
@@ -111,9 +118,8 @@ def _display(silent: bool) -> Iterator[Note]:
 
 
 def _text(record: dict[str, Any]) -> str:
-    lines = [
-        f"{record['run']} after {record['step']} steps, {record['format']} in {record['dtype']}: {record['folder']}"
-    ]
+    what = record["from"] if record["step"] is None else f"{record['run']} after {record['step']} steps"
+    lines = [f"{what}, {record['format']} in {record['dtype']}: {record['folder']}"]
     if "logits" in record:
         largest, tolerance = record["logits"]["largest"], record["logits"]["tolerance"]
         lines.append(

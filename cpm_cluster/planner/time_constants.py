@@ -33,7 +33,8 @@ class Constants:
     launch_lean: float = 0.0006  # all other code
     launch_gather: float = 0.0015  # more for each layer and pass, where DeepSpeed gathers its weights (ZeRO-3)
     launch_unpack: float = 0.000517  # more for each, where 4-bit weights are unpacked
-    # Passes through memory of one 16-bit copy of the weights while 4-bit ones are unpacked, for each pass.
+    # Passes through memory of one 16-bit copy of the weights while 4-bit ones are unpacked, for each pass; not
+    # bitsandbytes' NF4, which is counted.
     dequantise: float = 6.72
     # Attention whose head size is not a multiple of 8 elements, against an aligned one: no tensor cores.
     unaligned_heads: float = 24.1

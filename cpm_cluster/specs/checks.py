@@ -24,6 +24,9 @@ OWN_ENVIRONMENT = frozenset(
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK NODE_RANK MASTER_ADDR MASTER_PORT "
     "CUDA_VISIBLE_DEVICES PYTHONPATH".split()
 )
+SHELLS = frozenset("sh bash dash ksh zsh".split())
+SHELL_VARIABLE = re.compile(r"\$(\{[A-Z][A-Z0-9_]*\}|[A-Z][A-Z0-9_]*)")
+RENDEZVOUS = re.compile(r"--(rdzv|master|node|nnodes|nproc)")  # torchrun's
 OWN_SBATCH_OPTIONS = {  # and the key of the job file that means it, where there is one
     "job-name": "name",
     "time": "time_limit",
@@ -96,6 +99,33 @@ def _command(spec: JobSpec) -> Iterator[Finding]:
         yield "command", "is missing: engine command needs the program and its arguments, [python, train.py]"
     if spec.engine != "command" and spec.command:
         yield "command", f"belongs to engine command, not to {spec.engine}; remove it, or write engine: command"
+
+
+@_reads("engine", "command")
+def _no_shell(spec: JobSpec) -> Iterator[Finding]:
+    """A line that was pasted from a shell script; words with blanks are programs of their own, as of `python -c`."""
+    if spec.engine != "command" or any(posixpath.basename(word) in SHELLS for word in spec.command):
+        return
+    for place, word in enumerate(spec.command):
+        variable = SHELL_VARIABLE.search(word)
+        if variable is None or any(character.isspace() for character in word):
+            continue
+        instead = 'have a shell read the line: [bash, -c, "…"], or [bash, train.sh]'
+        if RENDEZVOUS.match(word):
+            instead = f"leave out such options, which cpm-cluster gives torchrun (PET_* variables), or {instead}"
+        yield f"command[{place}]", f"no shell reads it, so {variable[0]} would stay as it is written; {instead}"
+
+
+@_reads("engine", "command", "resources")
+def _torchrun(spec: JobSpec) -> Iterator[Finding]:
+    """Too many nodes in torchrun's own options, and it waits for them; too few, and each node trains by itself."""
+    if spec.engine != "command" or posixpath.basename((*spec.command, "")[0]) != "torchrun":
+        return
+    line, asked = " ".join(spec.command), spec.resources
+    for option, there in (("nnodes", asked.nodes), ("nproc_per_node", asked.ranks_per_node)):
+        stated = re.search(rf" --{option.replace('_', '[_-]')}[= ](\d+)(?= |$)", line)
+        if stated and int(stated[1]) != there:
+            yield "command", f"says{stated[0]}, but the job has {there}; leave it out, since cpm-cluster tells torchrun"
 
 
 @_reads("engine", "model", "workload", "resources")

@@ -264,7 +264,9 @@ class JobSpec:
     model: Model | None = key(Reference(Model), "model: a name in configs/models, a path, or a mapping", None)
     method: Lora | None = key(MethodField(), "full, lora, or {lora: {rank: …}}", None)
     init_from: str | None = key(
-        Text(r"[^\s-].*", "a path"), "weights to start from (CPM-9G .pt); left out: random", None
+        Text(r"[^\s-].*", "a path"),
+        "weights to start from: CPM-9G's .pt, or a folder of Hugging Face's Llama layout; left out: random",
+        None,
     )
     tokenizer: str = key(Text(r"[^\s-].*", "bytes, a name in configs/tokenizers, or a path"), "tokenizer", "bytes")
     profile: str | None = key(CONFIG_NAME, "resource profile", None)

@@ -15,7 +15,7 @@ import torch
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_json
 from cpm_cluster.training.formats import huggingface
-from cpm_cluster.training.formats.loading import read_base_weights
+from cpm_cluster.training.formats.loading import read_adapter, read_base_weights
 from cpm_cluster.training.formats.opendelta import write_opendelta
 from cpm_cluster.training.formats.peft import write_peft
 from cpm_cluster.training.formats.tensor_files import (
@@ -28,13 +28,11 @@ from cpm_cluster.training.formats.tensor_files import (
     sync_file,
     write_torch_file,
 )
-from cpm_cluster.training.lora import Delta, merged
+from cpm_cluster.training.lora import Delta, check_delta, merged
 from cpm_cluster.training.model import check_weights
 from cpm_cluster.training.probe import require_equal
-from cpm_cluster.training.settings import LoraTuning, Settings
-from cpm_cluster.training.settings_file import read_settings
 from cpm_cluster.training.tokenizer import load_tokenizer
-from cpm_cluster.training.trained import Trained, read_trained, shapes_of
+from cpm_cluster.training.trained import Recipe, Trained, read_recipe, read_trained, shapes_of
 
 FORMATS = ("hf", "cpm9g", "lora")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,7 +47,10 @@ _TOKENIZER_FILES = (
 
 
 class Wanted(NamedTuple):
-    """What to export of a run: ``dtype`` and ``step`` None are those of the weights, and the last."""
+    """What to export of a run: ``dtype`` and ``step`` None are those of the weights, and the last.
+
+    ``adapter``: LoRA updates from elsewhere that take the place of the run's.
+    """
 
     run: Path
     format: str
@@ -58,6 +59,7 @@ class Wanted(NamedTuple):
     dtype: str | None
     step: int | None
     replace: bool
+    adapter: Path | None = None
 
 
 # Where the file of the settings lies that is called so inside the run's container.
@@ -69,25 +71,32 @@ Note = Callable[[str, int, int], None]
 def export(wanted: Wanted, locate: Locate, note: Note) -> dict[str, Any]:
     """Write the folder and return its record; raises UserError, before it begins where that can be known."""
     require_room(wanted.output, wanted.replace)
-    settings = read_settings(wanted.run / "trainer.json")
-    _require_possible(wanted, settings)
-    trained = read_trained(wanted.run, settings, wanted.step)
+    recipe = read_recipe(wanted.run)
+    _require_possible(wanted, recipe)
+    if wanted.adapter is None:
+        trained = read_trained(wanted.run, recipe, wanted.step)
+        delta = Delta(trained.tensors, recipe.lora.alpha) if recipe.lora else None
+    else:
+        delta = read_adapter(wanted.adapter)
+        trained = Trained(None, delta.factors, wanted.adapter)
     with new_folder(wanted.output, wanted.replace) as folder:
-        exporter = _Exporter(wanted, settings, trained, folder, locate, note)
-        record = exporter.write()
+        exporter = _Exporter(wanted, recipe, trained, folder, locate, note)
+        record = exporter.write(delta)
         write_json(folder / EXPORT_RECORD, record)
     return {"folder": str(wanted.output), **record}
 
 
-def _require_possible(wanted: Wanted, settings: Settings) -> None:
-    lora = isinstance(settings.method, LoraTuning)
-    if settings.task not in ("pretrain", "finetune"):
-        raise UserError(f"{wanted.run} has trained nothing: its task was {settings.task}")
+def _require_possible(wanted: Wanted, recipe: Recipe) -> None:
+    lora = recipe.lora is not None or wanted.adapter is not None
+    if wanted.adapter is not None and wanted.step is not None:
+        raise UserError("--adapter takes the place of what the run has trained, so that --step has no meaning")
+    if wanted.adapter is None and recipe.task not in ("pretrain", "finetune"):
+        raise UserError(f"{wanted.run} has trained nothing: its task was {recipe.task}")
     if wanted.format == "lora" and (wanted.merge or not lora):
         why = "--merge makes whole weights of them" if lora else "this run has trained all weights"
         raise UserError(f"--format lora writes LoRA updates alone: {why}; use --format hf or cpm9g")
     if wanted.format != "lora" and lora and not wanted.merge:
-        raise UserError("this run has trained LoRA updates: fold them into the base with --merge, or use --format lora")
+        raise UserError("these are LoRA updates: fold them into the base with --merge, or use --format lora")
     if wanted.merge and not lora:
         raise UserError("--merge: this run has trained all weights, there is nothing to fold into them")
 
@@ -96,21 +105,21 @@ class _Exporter:
     """One export into one folder."""
 
     def __init__(
-        self, wanted: Wanted, settings: Settings, trained: Trained, folder: Path, locate: Locate, note: Note
+        self, wanted: Wanted, recipe: Recipe, trained: Trained, folder: Path, locate: Locate, note: Note
     ) -> None:
-        self._wanted, self._settings, self._trained, self._folder = wanted, settings, trained, folder
+        self._wanted, self._recipe, self._trained, self._folder = wanted, recipe, trained, folder
         self._locate, self._note = locate, note
         self._warnings: list[str] = []
         self._record: dict[str, Any] = {}
 
-    def write(self) -> dict[str, Any]:
+    def write(self, delta: Delta | None) -> dict[str, Any]:
         """Write everything but the record, and return that."""
-        if self._wanted.format == "lora":
-            dtype = self._write_adapter(self._delta())
-        elif self._wanted.merge:
-            dtype = self._write_merged(self._delta())
-        else:
+        if delta is None:
             dtype = self._write_weights(self._trained.tensors, None)
+        elif self._wanted.merge:
+            dtype = self._write_merged(delta)
+        else:
+            dtype = self._write_adapter(delta)
         return {
             "run": self._wanted.run.name,
             "step": self._trained.step,
@@ -122,25 +131,22 @@ class _Exporter:
             "warnings": self._warnings,
         }
 
-    def _delta(self) -> Delta:
-        assert isinstance(self._settings.method, LoraTuning)
-        return Delta(self._trained.tensors, self._settings.method.alpha)
-
     def _write_adapter(self, delta: Delta) -> torch.dtype:
         """Write PEFT's files and OpenDelta's: both are small."""
-        assert isinstance(self._settings.method, LoraTuning)
+        check_delta(shapes_of(self._recipe.model), delta)
         factors, dtype = self._typed(delta.factors)
         delta = Delta(factors, delta.alpha)
-        base = self._settings.init_from
+        base = self._recipe.init_from
         folder = base if base is not None and self._locate(base).is_dir() else None
         counted = self._counter("writing", 2 * len(factors))
-        write_peft(self._folder, delta, self._settings.method.dropout, folder, counted)
-        write_opendelta(self._folder / f"{self._settings.model.name}-delta.pt", delta, counted)
+        dropout = self._recipe.lora.dropout if self._recipe.lora else 0.0
+        write_peft(self._folder, delta, dropout, folder, counted)
+        write_opendelta(self._folder / f"{self._recipe.model.name}-delta.pt", delta, counted)
         return dtype
 
     def _write_merged(self, delta: Delta) -> torch.dtype:
         """Write base and updates as one, and read them again: they must be the model that was trained."""
-        model, source = self._settings.model, self._settings.init_from
+        model, source = self._recipe.model, self._recipe.init_from
         if source is None:
             raise UserError("--merge: init_from is not set: the base was random, and is not kept; use --format lora")
         path = self._locate(source)
@@ -148,7 +154,9 @@ class _Exporter:
             raise UserError(f"--merge: the base weights {path} are not here")
         base = read_base_weights(str(path), model)
         check_weights(shapes_of(model), model, base, str(path))
-        dtype = self._write_weights(merged(base, delta), path)
+        # Rounded once, to the type that is wanted.
+        exact = base if self._wanted.dtype is None else as_type(base, torch.float32)
+        dtype = self._write_weights(merged(exact, delta), path)
         self._note("comparing with the trained model", 0, 1)
         written = read_base_weights(str(self._folder), model)
         difference = require_equal(model, base, delta, written)
@@ -160,12 +168,12 @@ class _Exporter:
         """Write whole weights in the format that is wanted, and the tokenizer."""
         weights, dtype = self._typed(weights)
         counted = self._counter("writing", len(weights))
-        model = self._settings.model
+        model = self._recipe.model
         bos, eos = self._copy_tokenizer()
         if self._wanted.format == "cpm9g":
             write_torch_file(self._folder / f"{model.name}.pt", weights, counted)
         else:
-            positions = max(self._settings.training.seq_len, _positions_of(base))
+            positions = max(self._recipe.seq_len, _positions_of(base))
             huggingface.write_config(self._folder, model, dtype, positions, bos, eos)
             huggingface.write_weights(self._folder, weights, counted)
         return dtype
@@ -187,7 +195,7 @@ class _Exporter:
 
     def _copy_tokenizer(self) -> tuple[int | None, int | None]:
         """Copy the tokenizer's files, and return the ids that open and close a document; none if they are not here."""
-        name = self._settings.tokenizer
+        name = self._recipe.tokenizer
         path = Path(name) if name == "bytes" else self._locate(name)
         try:
             tokenizer = load_tokenizer(str(path))

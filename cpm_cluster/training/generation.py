@@ -23,9 +23,9 @@ from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import sha256_of, write_json, write_text
 from cpm_cluster.training.inference import Advance, Inference, run_inference
 from cpm_cluster.training.jsonl import Parsed, read_objects, require_none
+from cpm_cluster.training.opening import open_tokenizer
 from cpm_cluster.training.packing import PROMPT
 from cpm_cluster.training.placement import Placement
-from cpm_cluster.training.run import open_tokenizer
 from cpm_cluster.training.sampling import draw
 from cpm_cluster.training.settings import GenerationSettings, Settings
 from cpm_cluster.training.stop import StopRequest

@@ -25,10 +25,10 @@ from cpm_cluster.training.files import write_json
 from cpm_cluster.training.heartbeat import Heartbeat
 from cpm_cluster.training.layers import UninitialisedLayers
 from cpm_cluster.training.model import CPM
+from cpm_cluster.training.opening import prepare
 from cpm_cluster.training.packing import IGNORED, Batch
 from cpm_cluster.training.placement import Placement, confirm_world, expect_world_size
 from cpm_cluster.training.progress import Progress
-from cpm_cluster.training.run import prepare
 from cpm_cluster.training.settings import LoraTuning, Settings
 from cpm_cluster.training.stop import StopRequest
 

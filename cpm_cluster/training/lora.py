@@ -90,26 +90,28 @@ def split_factor(name: str) -> tuple[str, str]:
     return name[: -len(factor)], factor
 
 
-def merged(weights: Mapping[str, Tensor], delta: Delta) -> LazyTensors:
-    """Return the base weights with every update folded in, W + (alpha / rank) B A, computed in fp32 when read.
-
-    The number type stays that of the base. Raises UserError when the delta updates a layer that the base does not
-    have, or in another shape.
-    """
-    updated = set()
+def check_delta(shapes: Mapping[str, Sequence[int]], delta: Delta) -> None:
+    """Raise UserError when the delta updates a weight that is not among these, or in another shape."""
     for layer in {split_factor(name)[0] for name in delta.factors}:
-        name = layer + ".weight"
         factor_a, factor_b = delta.factors.get(layer + FACTOR_A), delta.factors.get(layer + FACTOR_B)
-        base = weights.get(name)
+        shape = shapes.get(layer + ".weight")
         if (
-            base is None
+            shape is None
             or factor_a is None
             or factor_b is None
             or factor_a.shape[0] != factor_b.shape[1]
-            or base.shape != (factor_b.shape[0], factor_a.shape[1])
+            or tuple(shape) != (factor_b.shape[0], factor_a.shape[1])
         ):
-            raise UserError(f"the delta of {name} does not fit the base weights")
-        updated.add(name)
+            raise UserError(f"the delta of {layer}.weight does not fit the base weights")
+
+
+def merged(weights: Mapping[str, Tensor], delta: Delta) -> LazyTensors:
+    """Return the base weights with every update folded in, W + (alpha / rank) B A, computed in fp32 when read.
+
+    The number type stays that of the base. Raises UserError as :func:`check_delta` does.
+    """
+    updated = {split_factor(name)[0] + ".weight" for name in delta.factors}
+    check_delta({name: weights[name].shape for name in updated if name in weights}, delta)
 
     def fold(name: str, base: Tensor) -> Tensor:
         if name not in updated:

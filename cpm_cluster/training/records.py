@@ -23,14 +23,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict
 
-from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
-from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-
+from cpm_cluster.training.board import Board
 from cpm_cluster.training.files import write_text
 from cpm_cluster.training.guard import Incident
 from cpm_cluster.training.settings import Settings
@@ -70,7 +67,7 @@ class Records:
         self._metrics = self._output_dir / "metrics.jsonl"
         self._samples = self._output_dir / "samples.jsonl"
         self._events: list[str] = []
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         self._flushed_at = 0.0
         if rank == 0:
             # Samples before training stay once training has begun; those after the last step come again.
@@ -85,10 +82,8 @@ class Records:
         self._events = []
         _append(self._metrics, record)
         print(step_line(record, self._steps), flush=True)
-        # One event of many values: each that is added passes through a queue to the writer's thread.
-        known = [(tag, record[key]) for key, tag in _TAGS.items() if record.get(key) is not None]
-        values = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in known])
-        self._board.file_writer.add_summary(values, record["step"], record["time"])
+        known = {tag: record[key] for key, tag in _TAGS.items() if record.get(key) is not None}
+        self._board.scalars(known, record["step"], record["time"])
         if time.monotonic() - self._flushed_at > _SECONDS_BETWEEN_FLUSHES:
             self._board.flush()
             self._flushed_at = time.monotonic()
@@ -105,21 +100,19 @@ class Records:
         if rolled_back_to is not None:
             self._board.close()
             self._continue_after(rolled_back_to)
-        self._board.add_text("guard/event", incident.text, incident.step if rolled_back_to is None else rolled_back_to)
+        self._board.text("guard/event", incident.text, incident.step if rolled_back_to is None else rolled_back_to)
 
     def _continue_after(self, step: int) -> None:
         """Make what is recorded end with a step."""
         keep_lines(self._metrics, lambda recorded: recorded <= step)
-        # tensorboardX names files by the second and would overwrite those of an attempt just ended.
-        suffix = f".{os.getpid()}.{time.monotonic_ns()}"
-        self._board = SummaryWriter(str(self._output_dir / "tb"), purge_step=step + 1, filename_suffix=suffix)
+        self._board = Board(self._output_dir / "tb", step)
 
     def sample(self, number: int, step: int, prompt: str, text: str) -> None:
         """Record what the model made of prompt ``number`` after ``step`` steps."""
         if self._board is None:
             return
         _append(self._samples, {"step": step, "prompt": prompt, "text": text})
-        self._board.add_text(f"samples/{number}", f"**{prompt}**{text}", step)
+        self._board.text(f"samples/{number}", f"**{prompt}**{text}", step)
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -12,11 +12,11 @@ from typing import Sequence
 from cpm_cluster.training.checkpoint import Checkpoints, Progressed
 from cpm_cluster.training.data import TrainingData, evaluation_batches
 from cpm_cluster.training.engines import Engine, StepResult, open_engine
-from cpm_cluster.training.errors import UserError, clear_errors
 from cpm_cluster.training.files import write_json
 from cpm_cluster.training.guard import Incident, LossGuard
-from cpm_cluster.training.heartbeat import Heartbeat, clear_heartbeats
+from cpm_cluster.training.heartbeat import Heartbeat
 from cpm_cluster.training.measurements import Meter
+from cpm_cluster.training.opening import open_tokenizer, prepare
 from cpm_cluster.training.packing import Batch
 from cpm_cluster.training.placement import Placement, confirm_world, expect_world_size
 from cpm_cluster.training.progress import Progress, Speed
@@ -25,7 +25,6 @@ from cpm_cluster.training.sampling import continue_text
 from cpm_cluster.training.schedules import learning_rate
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.stop import StopRequest
-from cpm_cluster.training.tokenizer import Tokenizer, load_tokenizer
 
 
 def finetune(settings: Settings, placement: Placement, settings_text: bytes) -> str:
@@ -268,27 +267,3 @@ class Run:
 def due(step: int, every: int, last: int) -> bool:
     """Tell whether something that happens every so many steps, and after the last one, happens after this step."""
     return step % every == 0 or step == last
-
-
-def prepare(output_dir: Path, placement: Placement) -> None:
-    """Make the output directory and remove what an earlier attempt said about its end."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir {output_dir} cannot be made: {error.strerror}") from error
-    clear_errors(output_dir, placement.rank, placement.world_size)
-    if placement.rank == 0:
-        clear_heartbeats(output_dir, placement.world_size)
-    outcome = output_dir / "outcome.json"
-    if placement.rank == 0 and outcome.exists():
-        outcome.unlink()
-
-
-def open_tokenizer(settings: Settings) -> Tokenizer:
-    """Return the tokenizer; raises UserError when the model has no embedding for some of its ids."""
-    tokenizer = load_tokenizer(settings.tokenizer)
-    if tokenizer.size > settings.model.vocab:
-        raise UserError(
-            f"the tokenizer {settings.tokenizer} has {tokenizer.size} ids but model.vocab is {settings.model.vocab}"
-        )
-    return tokenizer

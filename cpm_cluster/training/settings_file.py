@@ -43,6 +43,15 @@ def parse_settings(raw: object) -> Settings:
     return settings
 
 
+def parse_part(expected: Any, value: object, where: str) -> Any:
+    """Return one part of the settings, of a type of theirs; raises UserError that lists every problem in it."""
+    problems: list[str] = []
+    part = _parse(expected, value, where, problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    return part
+
+
 def _parse(expected: Any, value: object, where: str, problems: list[str]) -> object:
     origin = get_origin(expected)
     if is_dataclass(expected):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,35 +15,70 @@ from cpm_cluster.training.formats.tensor_files import LazyTensors, Tensors, read
 from cpm_cluster.training.layers import UninitialisedLayers
 from cpm_cluster.training.lora import attach_lora
 from cpm_cluster.training.model import CPM, check_weights
-from cpm_cluster.training.settings import LoraTuning, ModelSettings, Settings
+from cpm_cluster.training.settings import LoraTuning, MethodSettings, ModelSettings
+from cpm_cluster.training.settings_file import parse_part
 
 _OF_A_PARAMETER = "model."
 
 
-class Trained(NamedTuple):
-    """Trained parameters under their names (LoRA: the updates alone), after how many steps, and where they lie."""
+class Recipe(NamedTuple):
+    """What ``trainer.json`` says of the model: no more than has always stood there, so that old runs can be read."""
 
-    step: int
+    model: ModelSettings
+    lora: LoraTuning | None
+    engine: str
+    task: str
+    init_from: str | None
+    tokenizer: str
+    seq_len: int
+
+
+def read_recipe(run: Path) -> Recipe:
+    """Return how a run trains; raises UserError when its settings cannot be read."""
+    path = run / "trainer.json"
+    raw: Any = read_json_object(path)
+    try:
+        model = parse_part(ModelSettings, raw["model"], "model")
+        method = parse_part(MethodSettings, raw["method"], "method")
+        return Recipe(
+            model,
+            method if isinstance(method, LoraTuning) else None,
+            raw["engine"],
+            raw.get("task", "finetune"),
+            raw["init_from"],
+            raw["tokenizer"],
+            raw["training"]["seq_len"],
+        )
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path} is not of this trainer: {error}") from error
+
+
+class Trained(NamedTuple):
+    """Trained parameters under their names (LoRA: the updates alone), where they lie, and after how many steps.
+
+    The steps of what was not trained here are None.
+    """
+
+    step: int | None
     tensors: Tensors
     source: Path
 
 
-def read_trained(run: Path, settings: Settings, step: int | None) -> Trained:
+def read_trained(run: Path, recipe: Recipe, step: int | None) -> Trained:
     """Return what a run has trained: after that step, or else its final weights, or its newest whole checkpoint.
 
     Raises UserError when there is nothing of the kind, or when it is not of the run's model.
     """
-    final = None if step is not None else _final(run, settings)
-    trained = final or _from_checkpoint(run, settings, step)
-    method = settings.method if isinstance(settings.method, LoraTuning) else None
-    check_weights(shapes_of(settings.model, method), settings.model, trained.tensors, str(trained.source))
+    final = None if step is not None else _final(run, recipe)
+    trained = final or _from_checkpoint(run, recipe, step)
+    check_weights(shapes_of(recipe.model, recipe.lora), recipe.model, trained.tensors, str(trained.source))
     return trained
 
 
-def _final(run: Path, settings: Settings) -> Trained | None:
+def _final(run: Path, recipe: Recipe) -> Trained | None:
     """Weights of a run that finished; those of an attempt before the newest one are not final."""
     outcome = run / "outcome.json"
-    path = run / "weights" / ("delta.pt" if isinstance(settings.method, LoraTuning) else "model.pt")
+    path = run / "weights" / ("delta.pt" if recipe.lora else "model.pt")
     if not outcome.is_file() or not path.is_file():
         return None
     ended = read_json_object(outcome)
@@ -55,7 +90,7 @@ def _final(run: Path, settings: Settings) -> Trained | None:
     )
 
 
-def _from_checkpoint(run: Path, settings: Settings, step: int | None) -> Trained:
+def _from_checkpoint(run: Path, recipe: Recipe, step: int | None) -> Trained:
     steps = _saved_steps(run)
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps)) or "none"
@@ -65,8 +100,8 @@ def _from_checkpoint(run: Path, settings: Settings, step: int | None) -> Trained
         directory = run / "checkpoints" / f"step-{number:08d}"
         damage = damage_of(directory)
         if damage is None:
-            read = _read_parts if settings.engine == "bmtrain" else _read_sharded
-            return Trained(number, read(directory, settings), directory)
+            read = _read_parts if recipe.engine == "bmtrain" else _read_sharded
+            return Trained(number, read(directory, recipe), directory)
         damages.append(f"step {number}: {damage}")
     raise UserError(f"{run} has no weights yet, and no whole checkpoint{_listed(damages)}")
 
@@ -87,7 +122,7 @@ def shapes_of(model: ModelSettings, lora: LoraTuning | None = None) -> dict[str,
     return {name: parameter.shape for name, parameter in empty.named_parameters() if parameter.requires_grad}
 
 
-def _read_sharded(directory: Path, settings: Settings) -> Tensors:
+def _read_sharded(directory: Path, recipe: Recipe) -> Tensors:
     """Read a checkpoint of the torch engine."""
     from cpm_cluster.training.engines.sharded_state import read_index, read_tensors_into
 
@@ -103,7 +138,7 @@ def _read_sharded(directory: Path, settings: Settings) -> Tensors:
     return LazyTensors({name[len(_OF_A_PARAMETER) :]: partial(read, name) for name in names})
 
 
-def _read_parts(directory: Path, settings: Settings) -> Tensors:
+def _read_parts(directory: Path, recipe: Recipe) -> Tensors:
     """Read a checkpoint of BMTrain's: each file holds the next elements of every parameter."""
     from cpm_cluster.training.engines.bmtrain_state import read_index
 
@@ -113,6 +148,5 @@ def _read_parts(directory: Path, settings: Settings) -> Tensors:
     def read(name: str, shape: torch.Size) -> Tensor:
         return torch.cat([file[name + "/weight"] for file in files]).view(shape)
 
-    method = settings.method if isinstance(settings.method, LoraTuning) else None
-    shapes = shapes_of(settings.model, method)
+    shapes = shapes_of(recipe.model, recipe.lora)
     return LazyTensors({name: partial(read, name, shape) for name, shape in shapes.items()})

@@ -1,4 +1,4 @@
-"""Base weights from wherever ``init_from`` points: the loader goes by what it finds there."""
+"""Base weights from wherever ``init_from`` points, and adapters: the loader goes by what it finds there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.formats import cpm9g, huggingface, peft
+from cpm_cluster.training.formats.opendelta import read_opendelta
 from cpm_cluster.training.formats.tensor_files import Tensors
-from cpm_cluster.training.lora import is_factor
+from cpm_cluster.training.lora import Delta, is_factor
 from cpm_cluster.training.settings import ModelSettings
 
 
@@ -22,6 +23,18 @@ def read_base_weights(source: str, model: ModelSettings) -> Tensors:
     if any(is_factor(name) for name in weights):
         raise UserError(f"{path} holds LoRA updates, no base weights: fold them into theirs with cpm export --merge")
     return weights
+
+
+def read_adapter(path: Path) -> Delta:
+    """Return LoRA updates from elsewhere: PEFT's folder, or a ``-delta.pt`` of CPM-9G (see :mod:`opendelta`).
+
+    Raises UserError when it is neither, or cannot be read.
+    """
+    if not path.is_dir():
+        return read_opendelta(path)
+    if (path / peft.CONFIG).is_file():
+        return peft.read_peft(path)
+    raise UserError(f"{path} is no adapter of PEFT: {peft.CONFIG} is missing")
 
 
 def _read(path: Path, model: ModelSettings) -> Tensors:

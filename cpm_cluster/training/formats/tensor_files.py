@@ -57,11 +57,6 @@ def changed(tensors: Tensors, change: Callable[[str, Tensor], Tensor]) -> LazyTe
     return LazyTensors({name: partial(read, name) for name in tensors})
 
 
-def renamed(tensors: Tensors, new_name: Callable[[str], str]) -> LazyTensors:
-    """Return the tensors under other names."""
-    return LazyTensors({new_name(name): partial(tensors.__getitem__, name) for name in tensors})
-
-
 def as_type(tensors: Tensors, dtype: torch.dtype) -> LazyTensors:
     """Return the tensors in another number type; reading one raises UserError where a number does not fit into it."""
 
@@ -122,10 +117,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), {"format": "pt"})
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(path)) from error
+    # It makes files for nobody but whoever runs it, whatever the umask.
+    os.chmod(path, mode)
     sync_file(path)
 
 

@@ -74,4 +74,14 @@ def test_what_the_plan_asks_for(made_run):
     expected = {"NCCL_DEBUG": "nccl_debug", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "61000", "WORLD_SIZE": "6"}
     assert asked == expected
     other = made_run("b-20260102-030405-0001", trainer=False, program=ANY_PROGRAM).run.plan
-    assert "WORLD_SIZE" not in planned(other, node)
+    assert planned(other, node) == {}
+
+
+def test_where_the_ranks_of_a_users_own_torchrun_meet_is_its_own_affair():
+    """The c10d rendezvous gives them a name and a port of its own."""
+    met = {"MASTER_ADDR": "localhost", "MASTER_PORT": "37647"}
+    assert differences(ranks(met, met), {"NCCL_DEBUG": "WARN"}) == []
+    assert told(differences(ranks(met), {"NCCL_DEBUG": "WARN"})) == {
+        "MASTER_ADDR": "differs between ranks",
+        "MASTER_PORT": "differs between ranks",
+    }

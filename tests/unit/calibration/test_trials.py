@@ -11,7 +11,7 @@ from cpm_cluster.specs.catalogue import default_catalogue, packaged_jobs
 from cpm_cluster.specs.checks import is_possible
 from cpm_cluster.specs.compose import load_job
 
-COMMANDS = {"infer_100b", "infer_10b", "sft_cpm9g_command"}
+COMMANDS = {"infer_100b", "infer_10b", *(f"{script}_cpm9g_command" for script in ("pretrain", "sft", "lora"))}
 JOBS = sorted({path.stem for path in packaged_jobs().glob("*.yaml")} - COMMANDS)
 
 

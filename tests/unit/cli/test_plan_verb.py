@@ -200,7 +200,8 @@ class TestSubmission:
         words = (str(JOBS / "infer_100b.yaml"), "--set", f"code={tmp_path}", "--set", "resources.gpus_per_node=1")
         code, _, errors = run(capsys, *words, program=submit_main)
         assert code == exit_codes.DOES_NOT_FIT
-        assert "GPU memory: 2" in errors and "as the job's workload describes its program" in errors
+        assert "GPU memory: " in errors and "for each GPU of 79.3 GiB, decoding" in errors
+        assert "as the job's workload describes its program" in errors
         assert "no three changes" not in errors
 
     def test_of_a_tight_job_is_warned_of(self, capsys, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from cpm_cluster.planner.answer import NO_RATE, NO_RATE_YET, NOT_JUDGED, UNKNOWN
 from cpm_cluster.planner.fit import Component, Demand, Fit, RunTime
 from cpm_cluster.specs.job import JobSpec
 
-COMMANDS = {"infer_100b", "infer_10b", "sft_cpm9g_command"}
+COMMANDS = {"infer_100b", "infer_10b", *(f"{script}_cpm9g_command" for script in ("pretrain", "sft", "lora"))}
 ON_8_GPUS = "profile=lora-100b-8x80g"
 
 

@@ -12,6 +12,8 @@ from cpm_cluster.planner.evaluate import Evaluation, Prediction, evaluate, fit_s
 from cpm_cluster.planner.rows import Row, RowError, read_rows
 
 TABLE = Path(__file__).parents[2] / "data" / "measured_runs.csv"
+PUBLIC = TABLE.with_name("public_runs.csv")
+NOT_EXPLAINED = {"U-IS04", "U-IS13"}  # tests/data/README.md
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +24,11 @@ def rows() -> list[Row]:
 @pytest.fixture(scope="module")
 def evaluation(rows: list[Row]) -> Evaluation:
     return evaluate(rows)
+
+
+@pytest.fixture(scope="module")
+def public() -> Evaluation:
+    return evaluate(read_rows(PUBLIC))
 
 
 def row_named(rows: list[Row], name: str) -> Row:
@@ -55,6 +62,22 @@ class TestMeasuredRuns:
 
     def test_the_interval_holds_the_prediction(self, evaluation: Evaluation) -> None:
         assert all(p.low <= p.gpu_mem_mb <= p.high for p in evaluation.predictions)
+
+
+class TestPublicRuns:
+    """No constant was fitted on these rows."""
+
+    def test_gpu_memory_is_within_ten_percent(self, public: Evaluation) -> None:
+        assert public.gpu.rows == 65
+        assert (public.gpu.mape or 1) <= 0.10
+        assert (public.gpu.within_10 or 0) >= 0.75
+
+    def test_of_those_that_died_two_are_said_to_fit(self, public: Evaluation) -> None:
+        assert public.fit.died == 25
+        assert set(public.fit.false_fits) == NOT_EXPLAINED
+
+    def test_nine_in_ten_that_ran_are_said_to_fit(self, public: Evaluation) -> None:
+        assert public.fit.said_to_fit / public.fit.fitted >= 0.9
 
 
 class TestScoring:

@@ -161,3 +161,57 @@ class TestOurTorchEngine:
         grouped = replace(self.FSDP, shape=replace(LLAMA_7B, kv_heads=8), recompute="full")
         assert self.held(grouped)["keys and values of all heads"] == 2 * 2 * (2 * 2048) * (4096 - 1024)
         assert "keys and values of all heads" not in self.held(self.FSDP)
+
+
+class TestLogits:
+    ALONE = Setup(shape=LLAMA_7B, mode="lora", lora_rank=8, lora_targets=("q",), recompute="full")
+    PROMPT = Setup(shape=LLAMA_7B, mode="infer", precision="bf16_pure")
+
+    def test_labels_are_shifted_instead_of_logits_since_transformers_4_49(self) -> None:
+        """transformers/loss/loss_utils.py: logits, then log-softmax and its gradient in fp32."""
+        old, new = (
+            sizes(
+                gpu_memory(replace(self.ALONE, engine_version=f"transformers 4.{minor}.0")), "end of the forward pass"
+            )
+            for minor in (48, 49)
+        )
+        assert new["logits"] == (2 + 4 + 4) * 2048 * 32000 < old["logits"]
+
+    def test_those_of_a_head_that_peft_made_fp32_are_fp32_and_may_be_shifted_by_the_program(self) -> None:
+        setup = replace(self.ALONE, mode="qlora", precision="nf4", engine_version="transformers 4.49.0")
+        forward = next(one for one in gpu_need(setup).instants if one.name == "end of the forward pass")
+        logits = next(component for component in forward.components if component.name == "logits")
+        assert logits.bytes == (4 + 4 + 4) * 2048 * 32000
+        assert forward.unsure == 4 * 2048 * 32000
+
+    def test_of_a_prompt_one_is_kept_since_transformers_4_45(self) -> None:
+        old, new = (
+            gpu_need(replace(self.PROMPT, engine_version=f"transformers {version}")).binding.unsure
+            for version in ("4.44.2", "4.45.0")
+        )
+        assert (old, new) == (6 * 2048 * 32000, 0)
+
+
+class TestLitgptInference:
+    READ = Setup(shape=LLAMA_7B, mode="infer", precision="bf16_pure", engine_version="litgpt")
+    VOCABULARY = 2 * 32000 * 4096
+
+    def test_all_that_is_not_a_block_is_on_the_first_card(self) -> None:
+        """generate/sequentially.py"""
+        held = gpu_memory(replace(self.READ, pp=4)).binding
+        weights = next(component for component in held.components if component.name == "weights")
+        assert weights.bytes == pytest.approx(2 * (8 * LLAMA_7B.parameters_per_layer + self.VOCABULARY), rel=1e-3)
+
+    def test_tensor_parallelism_splits_blocks_alone(self) -> None:
+        """generate/tp.py"""
+        held = gpu_memory(replace(self.READ, tp=4)).binding
+        weights = next(component for component in held.components if component.name == "weights")
+        assert weights.bytes == pytest.approx(2 * (self.VOCABULARY + (N - self.VOCABULARY) / 4), rel=1e-3)
+
+    def test_a_prompt_is_multiplied_by_unpacked_matrices(self) -> None:
+        held = gpu_memory(replace(self.READ, precision="nf4")).binding
+        unpacked = {c.name: c.bytes for c in held.components if "dequantised" in c.name}
+        assert unpacked == {
+            "one matrix, dequantised": 2 * 4096 * 11008,
+            "the head, dequantised": self.VOCABULARY,
+        }

@@ -135,6 +135,15 @@ class TestStep:
         ratio = tokens_per_second_per_gpu(other) / tokens_per_second_per_gpu(aligned)
         assert ratio == pytest.approx(74 / 102, abs=0.1)
 
+    def test_nf4_is_unpacked_by_one_kernel_where_gptq_takes_several(self) -> None:
+        """bitsandbytes: a copy is written once, and read by the product. torchao's NF4 is written in torch."""
+        nf4 = replace(FSDP, mode="qlora", lora_rank=8, lora_targets=("q", "v"), precision="nf4")
+        of_nf4, of_gptq, of_torchao = (
+            _seconds(step_time(one), "weights through memory")
+            for one in (nf4, replace(nf4, precision="int4_gptq"), replace(nf4, engine_version="torchtune 0.6"))
+        )
+        assert of_nf4 < of_gptq / 2 and of_torchao == of_gptq
+
     def test_layers_placed_on_several_cards_take_turns(self) -> None:
         one = replace(FSDP, engine="none", zero_stage=0, dp=1)
         assert step_time(replace(one, pp=2)).seconds == pytest.approx(step_time(one).seconds, rel=0.05)

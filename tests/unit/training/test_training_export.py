@@ -72,6 +72,7 @@ def test_a_finished_run_is_exported_in_either_format_and_number_type(finished, c
     assert (code, err) == (0, "")
     assert out == f"{run.directory.name} after 4 steps, hf in float32: {folder}\n"
     assert_same(weights_in(folder, run), trained)
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     config = json.loads((folder / "config.json").read_text())
     assert (config["architectures"], config["torch_dtype"]) == (["LlamaForCausalLM"], "float32")
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
@@ -136,10 +137,30 @@ def test_updates_are_exported_alone_or_folded_into_the_base_where_this_host_has_
     raw = torch.load(run.directory / "export/lora/cpm-test-delta.pt", weights_only=True)
     assert set(raw) == set(factors)
 
+    # an adapter from elsewhere, of either kind, by way of the same run
+    for number, adapter in enumerate(("export/lora", "export/lora/cpm-test-delta.pt")):
+        words = ("--merge", "--adapter", run.directory / adapter, "--output", tmp_path / str(number))
+        assert "init_from is not set" in cpm(base.directory.name, "--format", "hf", *words)[2]
+        code, out, _ = cpm(name, "--format", "cpm9g", *words)
+        assert code == 0 and out.startswith(f"{run.directory / adapter}, cpm9g in float32: {tmp_path / str(number)}")
+        for key, weight in weights_in(tmp_path / str(number), run).items():
+            torch.testing.assert_close(weight, expected[key])
+
     weights.unlink()
     code, out, _ = cpm(name, "--format", "hf", "--merge", "--force", "--json")
     assert code == 2 and json.loads(out)["error"] == f"--merge: the base weights {weights} are not here"
     assert_same(weights_in(run.directory / "export/hf", run), expected)
+
+
+def test_a_run_of_an_earlier_version_can_be_exported(finished, cpm):
+    run = finished("old", **{"training.steps": 2})
+    old = {key: value for key, value in run.raw.items() if key not in ("task", "work", "generation", "data")}
+    (run.directory / "trainer.json").write_text(json.dumps({**old, "parallel": "ddp"}))
+    assert cpm("--format", "hf")[0] == 0
+
+    (run.directory / "trainer.json").write_text(json.dumps({**old, "model": {"name": "x"}}))
+    code, _, err = cpm("--format", "hf", "--force")
+    assert code == 2 and "trainer.json is not of this trainer: model.layers: missing; model.hidden: missing" in err
 
 
 def test_the_tokenizer_comes_along_or_is_missed_aloud(finished, cpm, tmp_path):
@@ -187,6 +208,14 @@ def test_what_cannot_be_exported_is_one_sentence(finished, cpm, made_run):  # no
         ("full", "--format", "lora"): "this run has trained all weights; use --format hf or cpm9g",
         ("full", "--format", "hf", "--merge"): "this run has trained all weights, there is nothing to fold",
         ("full", "--format", "hf", "--output", run.directory): f"{run.directory} exists and is no export",
+        (
+            "full",
+            "--format",
+            "lora",
+            "--adapter",
+            run.directory,
+        ): "is no adapter of PEFT: adapter_config.json is missing",
+        ("full", "--format", "lora", "--adapter", run.directory / "weights/model.pt"): "is no LoRA delta",
         ("full", "--format", "gguf"): "'gguf' is not one of 'hf', 'cpm9g', 'lora'",
         ("full",): "Missing option '--format'",
         ("nobody", "--format", "hf"): "nobody is no run",
