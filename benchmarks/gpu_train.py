@@ -50,6 +50,7 @@ MICRO_BATCHES = (4, 2, 1)
 SECONDS, FEWEST_STEPS, MOST_STEPS = 40.0, 40, 400
 MEMORY_OFF_BY = 0.25  # beyond the planner's interval
 SANE_MFU = (0.05, 0.8)
+AMPERE = 80
 SAME_CARD = 0.05  # drivers and ECC take some of the memory
 JOB: dict[str, Any] = {
     "cluster": "local",
@@ -314,6 +315,9 @@ def main(arguments: list[str] | None = None) -> int:
     found = device()
     if found is None:
         print("skipped: torch sees no GPU")
+        return 0
+    if found["sm"] < AMPERE:
+        print(f"skipped: bf16 needs sm_{AMPERE} or newer, {found['name']} is sm_{found['sm']}")
         return 0
     with tempfile.TemporaryDirectory() as folder:
         figures = all_figures(Path(folder), found, options.gpu)

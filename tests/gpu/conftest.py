@@ -1,4 +1,4 @@
-"""Tests on a GPU, marked `gpu`, and the same ways with as little as a CPU can do, so that a GPU finds no slip of the pen.
+"""Tests on a GPU, marked `gpu`, and the same ways with as little as a CPU can do, so that they run at once on a GPU.
 
 .venv/bin/python -m pytest -m gpu
 """

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends with the same bits, whatever was on a GPU: weights, moments, random states."""
+"""A run that was stopped and goes on ends with the same bits, whatever was on a GPU: weights, moments, generators."""
 
 from __future__ import annotations
 
