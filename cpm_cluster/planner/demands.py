@@ -30,6 +30,7 @@ CPU_RANK_BYTES = 400_000_000
 CPU_SPREAD = 0.3
 OURS = ("fsdp", "ddp")  # jobs reach these through our torch engine alone
 TORCH_ENGINE = "training/engines/torch_engine.py"
+SHARDED_STATE = "training/engines/sharded_state.py"
 ATTENTION = "training/attention.py"
 
 
@@ -104,8 +105,8 @@ def run_time(spec: JobSpec, setup: Setup, calibration: Calibration | None = None
 def in_our_engine(memory: GpuMemory, setup: Setup) -> GpuMemory:
     """What our torch engine holds beyond what the model of its kind counts, on top of every instant.
 
-    It keeps frozen weights and adapters in fp32, and casts them as it computes: the model of adapters counts 2 bytes of
-    each. Rows are packed, and SDPA is told by a mask which documents may see each other.
+    It keeps adapters, and what is frozen beside the linear layers, in fp32, and casts as it computes: the model of
+    adapters counts 2 bytes of each. Rows are packed, and SDPA is told by a mask which documents may see each other.
     """
     if setup.engine not in OURS or setup.mode == "infer":
         return memory
@@ -121,7 +122,11 @@ def _wide_weights(setup: Setup) -> tuple[Component, ...]:
     if not setup.trains_adapters or setup.precision == "fp32":
         return ()
     ranks = setup.shards if setup.zero_stage else 1
-    frozen = part("frozen weights in fp32", "2N more", 2 * setup.shape.parameters / ranks, TORCH_ENGINE)
+    # FSDP2 takes weights of several types in a unit from torch 2.9 on (training/lora.py)
+    all_wide = bool(setup.zero_stage) and setup.torch_version < (2, 9)
+    count = setup.shape.parameters if all_wide else setup.shape.embedding_parameters
+    formula = "2N more" if all_wide else "2Vh more"
+    frozen = part("frozen weights in fp32", formula, 2 * count / ranks, TORCH_ENGINE)
     if not setup.zero_stage:
         return (frozen,)
     return frozen, part("adapters in fp32", "8T more", 8 * setup.trained_parameters / ranks, TORCH_ENGINE)
@@ -147,12 +152,15 @@ def _masks(setup: Setup) -> tuple[Component, ...]:
 
 
 def _saving(setup: Setup, saving: HostInstant) -> HostInstant:
-    """Rank 0 of our torch engine gathers the weights, then both moments, of what is trained."""
-    if setup.engine not in OURS:
+    """With our torch engine: each rank's part of the state, copied before it is written, and the weights at the end."""
+    if setup.engine not in OURS or setup.mode == "infer":
         return saving
     kept = tuple(c for c in saving.components if c.name != "the model on rank 0")
-    moments = part("moments on rank 0", "8T", 8 * setup.trained_parameters, "training/engines/torch_state.py")
-    return HostInstant(saving.name, (*kept, moments))
+    trained = setup.trained_parameters
+    staged = 12 * trained * setup.ranks_per_node / setup.dp
+    copies = part("state copied for checkpoints", "12T × ranks of the node / ranks", staged, SHARDED_STATE)
+    gathered = part("trained weights on rank 0", "4T", 4 * trained, SHARDED_STATE)
+    return HostInstant(saving.name, (*kept, copies, gathered))
 
 
 def _times(component: Component, ranks: int) -> Component:

@@ -111,8 +111,8 @@ def _described(spec: JobSpec, model: Model, work: Workload) -> Setup:
 
 
 def as_loaded(setup: Setup) -> Setup:
-    """As the host sees it: with our torch engine every rank builds the whole model in fp32 before it is spread."""
-    return replace(setup, precision="fp32", zero_init=False) if setup.engine in ("ddp", "fsdp") else setup
+    """As the host sees it: with DDP every rank reads the model in fp32; FSDP2 copies its rows from a mapped file."""
+    return replace(setup, precision="fp32", zero_init=False) if setup.engine == "ddp" else setup
 
 
 def shape_of(model: Model) -> Shape:

@@ -31,24 +31,27 @@ def test_a_billion_parameters_learn_at_a_sane_speed_in_about_the_memory_that_was
     assert code == 0
 
 
-def test_the_same_way_with_a_tiny_model_on_a_cpu(tmp_path):
+def test_the_same_way_with_a_tiny_model_on_a_cpu(tmp_path, monkeypatch, capsys):
     job = gpu_train.job_of(None, recompute="full", attention="sdpa", micro_batch=2, steps=20)
     job["resources"] = {"gpus_per_node": 0, "processes_per_node": 1, "cpus_per_node": 1}
     job["model"] = {"layers": 2, "hidden": 64, "heads": 4, "ffn": 128, "vocab": 2048}
     job["training"] |= {"seq_len": 128, "lr": 3e-3}
+    device = {"name": "none", "sm": 90, "memory_mib": 1, "uuid": "", "attention": "sdpa", "torch": torch.__version__}
+    monkeypatch.setattr(gpu_train, "device", lambda: device)
+    monkeypatch.setattr(gpu_train, "jobs", lambda gpu, attention, folder: iter([job]))
 
-    run = gpu_train.judged(gpu_train.measure(job, tmp_path))
+    assert gpu_train.main(["--json", str(tmp_path / "figures.json")]) == 0
 
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["gpu"]["name"] == "none" and figures["gpu"]["planned_as"] is None and figures["cpus"] > 0
+    (run,) = figures["runs"]
     assert run["steps"] == 20 and run["wanted"]["loss_falls"] and run["as_wanted"]
     assert run["tokens_per_s"] > 0 and run["step_s"] > 0
     assert [run[key] for key in ("mfu", "allocated_bytes", "reserved_bytes", "nvml_bytes")] == [None] * 4
     assert run["planned"]["memory"]["host memory"]["bytes"] > 0 and run["planned"]["step_s"] is None
-    assert json.loads(json.dumps(run)) == run
-    card = {"name": "none", "planned_as": None, "torch": torch.__version__}
-    shown = list(gpu_train.table({"gpu": card, "runs": [run]}))
-    assert (
-        "recompute full" in shown[2] and "NOT AS WANTED" not in shown[2] and shown[3] == "  MFU          -   planned -"
-    )
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("none (planned as nothing in gpus.yaml") and shown[2].startswith("recompute full")
+    assert "NOT AS WANTED" not in shown[2] and shown[3] == "  MFU          -   planned -"
 
 
 def test_a_run_that_fails_says_why(tmp_path):

@@ -76,12 +76,22 @@ class TestGpuMemory:
             assert demand.low_bytes < demand.bytes < demand.high_bytes
             assert all(part.formula and part.source for part in demand.components)
 
-    @pytest.mark.parametrize(("stage", "width"), [(0, 4), (3, 4 / 8)])
-    def test_our_torch_engine_keeps_frozen_weights_in_fp32(self, stage: int, width: float, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("stage", "torch", "ranks"),
+        [(0, "2.7.1", 1), (3, "2.9.0", 8), (3, "2.7.1", 8)],
+        ids=["ddp", "fsdp", "old fsdp"],
+    )
+    def test_our_torch_engine_keeps_frozen_embeddings_in_fp32_and_with_older_fsdp_all(
+        self, stage: int, torch: str, ranks: int, tmp_path: Path
+    ) -> None:
         lora = ("engine=torch", f"training.zero_stage={stage}", "method=lora")
-        demand = demand_of(small(tmp_path, *lora), "GPU memory")
-        frozen = bytes_of(demand, "frozen weights") + bytes_of(demand, "frozen weights in fp32")
-        assert frozen == pytest.approx(width * N)
+        image = (f"image={{tag: mine, torch: {torch}}}", "runtime=docker")
+        spec = small(tmp_path, *lora, *image)
+        assert spec.model
+        wide = N if (stage, torch) == (3, "2.7.1") else spec.model.vocab * spec.model.hidden
+        demand = demand_of(spec, "GPU memory")
+        assert bytes_of(demand, "frozen weights") == pytest.approx(2 * N / ranks)
+        assert bytes_of(demand, "frozen weights in fp32") == pytest.approx(2 * wide / ranks)
 
     def test_is_not_judged_on_a_card_that_nobody_named(self, tmp_path: Path) -> None:
         spec = small(tmp_path, site="")
@@ -101,12 +111,15 @@ class TestHostMemory:
             offloaded = sum(bytes_of(demand, name) for name in parts)
             assert offloaded == pytest.approx(16 * spec.model.parameters / nodes, rel=1e-6)
 
-    def test_rank_0_of_our_torch_engine_gathers_both_moments_to_save_them(self, tmp_path: Path) -> None:
+    def test_our_torch_engine_copies_its_state_before_it_is_written_and_gathers_the_weights_at_the_end(
+        self, tmp_path: Path
+    ) -> None:
         spec = small(tmp_path, "engine=torch", "model.layers=1000", gpus=1)
         assert spec.model
         demand = demand_of(spec, "host memory")
         assert demand.instant == "saving"
-        assert bytes_of(demand, "moments on rank 0") == 8 * spec.model.parameters
+        assert bytes_of(demand, "state copied for checkpoints") == 12 * spec.model.parameters
+        assert bytes_of(demand, "trained weights on rank 0") == 4 * spec.model.parameters
 
     def test_without_gpus_every_rank_holds_it_all_there(self, tmp_path: Path) -> None:
         cpu = ("training.precision=fp32", "training.zero_stage=0", "resources.processes_per_node=2")

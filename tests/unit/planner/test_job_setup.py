@@ -79,9 +79,11 @@ class TestEngine:
         newer = ("image=9g-0.0.13", "training.recompute=none")
         assert setup_of(packaged("full_10b", *newer)).recompute == "none"
 
-    def test_every_rank_of_our_torch_engine_builds_the_whole_model_in_fp32(self, tmp_path: Path) -> None:
-        loaded = as_loaded(setup_of(small(tmp_path, "engine=torch")))
+    def test_ddp_reads_the_whole_model_on_every_rank_and_fsdp_does_not(self, tmp_path: Path) -> None:
+        loaded = as_loaded(setup_of(small(tmp_path, "engine=torch", "training.zero_stage=0")))
         assert (loaded.precision, loaded.zero_init) == ("fp32", False)
+        sharded = setup_of(small(tmp_path, "engine=torch", "training.zero_stage=3"))
+        assert as_loaded(sharded) == sharded
         bmtrain = setup_of(small(tmp_path, "engine=bmtrain"))
         assert as_loaded(bmtrain) == bmtrain
 
