@@ -14,8 +14,8 @@ from cpm_cluster.planner.calibration import (
 )
 from cpm_cluster.planner.fit import Component, Demand, RunTime
 from cpm_cluster.planner.gpu_memory import GpuMemory, Instant, gpu_memory, gpu_need
+from cpm_cluster.planner.host_memory import GATHERED, HostInstant, host_memory, spread_of
 from cpm_cluster.planner.host_memory import SPREAD as HOST_SPREAD
-from cpm_cluster.planner.host_memory import HostInstant, host_memory, spread_of
 from cpm_cluster.planner.job_setup import as_loaded, host_capacity
 from cpm_cluster.planner.memory_constants import MIB
 from cpm_cluster.planner.model_states import DTYPE, part, weight_bytes
@@ -30,7 +30,7 @@ CPU_RANK_BYTES = 400_000_000
 CPU_SPREAD = 0.3
 OURS = ("fsdp", "ddp")  # jobs reach these through our torch engine alone
 TORCH_ENGINE = "training/engines/torch_engine.py"
-SHARDED_STATE = "training/engines/sharded_state.py"
+STAGING = "training/engines/staging.py"
 ATTENTION = "training/attention.py"
 
 
@@ -39,7 +39,7 @@ def demands(spec: JobSpec, setup: Setup | None, calibration: Calibration | None 
     if setup is not None:
         if spec.resources.gpus_per_node:
             yield gpu_demand(setup, calibration)
-            yield host_demand(setup, host_capacity(spec), calibration)
+            yield host_demand(setup, host_capacity(spec), spec.engine != "command", calibration)
         else:
             yield cpu_demand(setup, host_capacity(spec))
     yield from _shared_memory(spec)
@@ -60,8 +60,9 @@ def card_memory(setup: Setup, calibration: Calibration | None = None) -> GpuMemo
     return calibrated_gpu(calibration, setup, lambda one: in_our_engine(gpu_need(one), one))
 
 
-def host_demand(setup: Setup, capacity: int | None, calibration: Calibration | None = None) -> Demand:
-    binding = node_memory(setup, calibration)
+def host_demand(setup: Setup, capacity: int | None, ours: bool, calibration: Calibration | None = None) -> Demand:
+    """`ours`: the program is our trainer, which copies its state before it is written."""
+    binding = node_memory(setup, ours, calibration)
     spread = host_spread(calibration, setup, binding)
     if spread_of(setup) > HOST_SPREAD:  # of what no calibration has seen
         spread = max(spread, spread_of(setup))
@@ -69,11 +70,13 @@ def host_demand(setup: Setup, capacity: int | None, calibration: Calibration | N
     return Demand("host memory", "node", binding.name, binding.components, capacity, low, high)
 
 
-def node_memory(setup: Setup, calibration: Calibration | None = None) -> HostInstant:
+def node_memory(setup: Setup, ours: bool, calibration: Calibration | None = None) -> HostInstant:
     """The fullest moment of a node."""
-    *others, saving = host_memory(as_loaded(setup)).instants
-    instants = (calibrated_host(calibration, setup, one) for one in (*others, _saving(setup, saving)))
-    return max(instants, key=lambda instant: instant.bytes)
+    instants = host_memory(as_loaded(setup)).instants
+    if ours and setup.mode != "infer":
+        *others, saving = instants
+        instants = (*others, *_saves(setup, saving))
+    return max((calibrated_host(calibration, setup, one) for one in instants), key=lambda instant: instant.bytes)
 
 
 def cpu_demand(setup: Setup, capacity: int | None) -> Demand:
@@ -151,16 +154,22 @@ def _masks(setup: Setup) -> tuple[Component, ...]:
     return tuple(parts)
 
 
-def _saving(setup: Setup, saving: HostInstant) -> HostInstant:
-    """With our torch engine: each rank's part of the state, copied before it is written, and the weights at the end."""
-    if setup.engine not in OURS or setup.mode == "infer":
-        return saving
-    kept = tuple(c for c in saving.components if c.name != "the model on rank 0")
+def _saves(setup: Setup, saving: HostInstant) -> Iterator[HostInstant]:
+    """Of our trainer: each rank copies its part of the state before it is written; in the end rank 0 gathers weights.
+
+    BMTrain gathers them in their own type (bmtrain/store.py), our torch engine in fp32.
+    """
+    kept = tuple(c for c in saving.components if c.name != GATHERED)
     trained = setup.trained_parameters
-    staged = 12 * trained * setup.ranks_per_node / setup.dp
-    copies = part("state copied for checkpoints", "12T × ranks of the node / ranks", staged, SHARDED_STATE)
-    gathered = part("trained weights on rank 0", "4T", 4 * trained, SHARDED_STATE)
-    return HostInstant(saving.name, (*kept, copies, gathered))
+    if not setup.offload_optimizer:  # what is there already is written from where it is
+        staged = 12 * trained * setup.ranks_per_node / setup.dp
+        copies = part("state copied for checkpoints", "12T × ranks of the node / ranks", staged, STAGING)
+        yield HostInstant(saving.name, (*kept, copies))
+    if setup.engine in OURS:
+        gathered = part("trained weights on rank 0", "4T", 4 * trained, TORCH_ENGINE)
+        yield HostInstant("saving the weights", (*kept, gathered))
+    else:
+        yield HostInstant("saving the weights", saving.components)
 
 
 def _times(component: Component, ranks: int) -> Component:

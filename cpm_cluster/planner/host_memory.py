@@ -27,6 +27,7 @@ SYSTEM_GB = 4.0  # operating system, container, launcher
 RANK_GB = 3.2  # a rank in training: interpreter, torch, the host side of CUDA and NCCL
 LOADING_RANK_GB = 2.0  # before it has used its GPU
 LOADING = 1.3  # a model that is read whole: itself and a part of the file
+GATHERED = "the model on rank 0"
 PINNED_POOL = 1.28  # many pinned tensors of different sizes, each rounded up
 SPREAD = 0.15  # of all terms together, on the host readings of measured_runs.csv
 SPREAD_FSDP = 0.25  # the same with FSDP's offloading, of which that table has a single reading
@@ -283,4 +284,4 @@ def _gathered_to_save(setup: Setup) -> Parts:
         return ()
     count = setup.trained_parameters if setup.trains_adapters else setup.shape.parameters
     size = weight_bytes(setup) * count
-    return (part("the model on rank 0", f"{weight_bytes(setup)}N", size, "bmtrain/store.py; torch, full state dict"),)
+    return (part(GATHERED, f"{weight_bytes(setup)}N", size, "bmtrain/store.py; torch, full state dict"),)

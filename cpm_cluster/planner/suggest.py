@@ -122,7 +122,7 @@ def _planned(spec: JobSpec, setups: list[Setup], calibration: Calibration | None
         if setup.accumulates in too_large:
             continue
         high = card_memory(setup, calibration).high
-        host = host_demand(setup, host_capacity(spec), calibration).verdict
+        host = host_demand(setup, host_capacity(spec), spec.engine != "command", calibration).verdict
         if high > setup.gpu_memory_mib * MIB or host in ("tight", "does not fit"):
             too_large.add(setup.accumulates)
             yield None

@@ -80,7 +80,7 @@ class Checkpoints:
     def save(self, engine: Engine, progressed: Progressed) -> None:
         """Begin a checkpoint of this step, unless that was done; the previous one is finished first.
 
-        Returns when the state is staged, or, where the settings want no asynchronous saves, when it is published.
+        Returns when the state is staged; where that is no copy, or saves are not asynchronous, when it is published.
         Raises CheckpointError, on all ranks, as do :meth:`poll` and :meth:`finish`.
         """
         if self._begun_step == progressed.step:
@@ -91,7 +91,7 @@ class Checkpoints:
         self._in_flight = self._save(engine, staged, progressed)
         next(self._in_flight)
         self._begun_step = progressed.step
-        if not self._asynchronous:
+        if staged.live or not self._asynchronous:
             self.finish()
 
     def poll(self) -> None:

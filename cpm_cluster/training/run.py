@@ -105,6 +105,7 @@ class Run:
         self.save()
         self.write_samples(self.progressed.step)
         self.enter("saving")
+        self.checkpoints.finish()
         self.engine.export_weights(self.output_dir / "weights")
         return self.finish("finished")
 

@@ -53,7 +53,12 @@ Accept = Callable[[float, float], bool]
 
 
 class StagedState(Protocol):
-    """A copy of this rank's part of the state in CPU memory, to be written while training goes on."""
+    """A copy of this rank's part of the state in CPU memory, to be written while training goes on.
+
+    ``live``: no copy but the state itself, which is in CPU memory already; it must be written before the next update.
+    """
+
+    live: bool
 
     def write(self) -> list[Path]:
         """Write and sync this rank's files into the directory, which is there by then, and return them.
@@ -107,7 +112,10 @@ class Engine(Protocol):
         """
 
     def export_weights(self, directory: Path) -> None:
-        """Write ``model.pt`` (CPM-9G names) or, for LoRA, ``delta.pt`` atomically."""
+        """Write ``model.pt`` (CPM-9G names) or, for LoRA, ``delta.pt`` atomically; no save may be in flight.
+
+        Rank 0 gathers the weights, so the memory of staged copies is given back before.
+        """
 
     def all_gather(self, value: int) -> list[int]:
         """Return every rank's value (below 2^63) in the order of ranks."""

@@ -148,12 +148,13 @@ class BMTrainEngine:
         return logits[0, -1].float().cpu()
 
     def stage_state(self, directory: Path) -> StagedParts:
-        """Copy this rank's parts."""
+        """Copy this rank's parts; what AdamOffload keeps in CPU memory is not doubled there, but written at once."""
         manager = self._manager
         scale, since = float(manager.loss_scale), int(manager.steps_since_last_scale)
         index = Index(self._placement.world_size, self._optimizer.updates, scale, since)
-        tensors = self._stage.copy(self._optimizer.state(scale))
-        return StagedParts(directory, self._placement.rank, index, tensors, random_states())
+        live, state = self._settings.training.offload_optimizer, self._optimizer.state(scale)
+        tensors = dict(state) if live else self._stage.copy(state)
+        return StagedParts(directory, self._placement.rank, index, tensors, random_states(), live)
 
     def load_state(self, directory: Path) -> None:
         """Read this rank's parts out of what any number of ranks wrote."""
@@ -168,6 +169,7 @@ class BMTrainEngine:
 
     def export_weights(self, directory: Path) -> None:
         """Full tuning: all weights; LoRA: the updates alone."""
+        self._stage = Stage()
         lora = isinstance(self._settings.method, LoraTuning)
         export(self._bmt, self._trained, directory / ("delta.pt" if lora else "model.pt"))
 

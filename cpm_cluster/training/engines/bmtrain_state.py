@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cpm_cluster.training.engines.bmtrain_layers import Part
 from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer
+from cpm_cluster.training.engines.staging import host_memory_for
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_atomically, write_json
 from cpm_cluster.training.formats.tensor_files import read_tensors
@@ -47,6 +48,7 @@ class StagedParts:
     index: Index
     tensors: dict[str, Tensor]
     generators: dict[str, Tensor]
+    live: bool
 
     def write(self) -> list[Path]:
         """Write this rank's parts and random states, and from rank 0 the index."""
@@ -73,7 +75,7 @@ class Stage:
         """Return copies that later changes do not reach."""
         for name, tensor in state:
             if name not in self._memory:
-                self._memory[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                self._memory[name] = host_memory_for(tensor)
             self._memory[name].copy_(tensor, non_blocking=True)
         torch.cuda.synchronize()
         return self._memory

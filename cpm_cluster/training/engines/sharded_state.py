@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpm_cluster.training.engines.staging import host_memory_for
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import naming
 
@@ -75,7 +76,7 @@ class Stager:
         for item in self._plan.items:
             source: Any = planner.resolve_data(item)
             if item.index not in self._copies:
-                self._copies[item.index] = _memory_for(source)
+                self._copies[item.index] = host_memory_for(source)
             self._copies[item.index].copy_(source.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -95,16 +96,6 @@ class Stager:
         own: list[Any] = [None]
         dist.scatter_object_list(own, plans)
         self._plan, self._copies = planner.finish_plan(own[0]), {}
-
-
-def _memory_for(source: Tensor) -> Tensor:
-    """Return an empty tensor on the CPU, in pinned memory for one on a GPU as long as the system grants that."""
-    if source.device.type == "cuda":
-        try:
-            return torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        except RuntimeError:
-            pass  # copying into other memory is only slower
-    return torch.empty(source.shape, dtype=source.dtype)
 
 
 class StagedTensors:

@@ -142,6 +142,7 @@ class TorchEngine:
 
     def export_weights(self, directory: Path) -> None:
         """Full tuning: all weights; LoRA: the updates alone."""
+        self._stager = Stager()
         if isinstance(self._settings.method, LoraTuning):
             save_trained(directory / "delta.pt", self._trained)
         else:

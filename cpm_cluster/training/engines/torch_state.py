@@ -35,6 +35,8 @@ def save_trained(path: Path, parameters: Mapping[str, Tensor]) -> None:
 class StagedTraining:
     """See :class:`cpm_cluster.training.engines.StagedState`."""
 
+    live = False
+
     def __init__(
         self, directory: Path, rank: int, tensors: StagedTensors, device: torch.device, loss_scale: dict[str, float]
     ) -> None:

@@ -99,6 +99,7 @@ def _fake_cuda() -> None:
     cuda.get_device_name = lambda device=None: "no GPU at all"
     cuda.get_device_capability = lambda device=None: (7, 0)  # too old for flash-attention
     cuda.set_device = cuda.synchronize = lambda device=None: None
+    cuda.cudart = _Runtime
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.Stream = cuda.Event = _Inert
@@ -109,6 +110,18 @@ def _fake_cuda() -> None:
         setattr(cuda, f"{name}Storage", getattr(torch, f"{name}Storage"))
     torch.Tensor.record_stream = lambda tensor, stream: None
     torch.storage.TypedStorage.is_cuda = property(lambda storage: True)
+
+
+class _Runtime:
+    """CUDA's runtime, to which all memory is pinned."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        """Succeed."""
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        """Succeed."""
+        return 0
 
 
 class _Inert:

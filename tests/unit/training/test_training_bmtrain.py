@@ -16,7 +16,7 @@ import bmtrain_ranks
 import bmtrain_shim
 import pytest
 import torch
-from conftest import TinyRun
+from tiny_runs import TinyRun
 
 from cpm_cluster.training.engines.bmtrain_layers import Part
 from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer

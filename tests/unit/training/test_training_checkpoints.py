@@ -43,6 +43,8 @@ class LineEngine:
 
 
 class LineStaged:
+    live = False
+
     def __init__(self, engine: LineEngine, directory) -> None:
         self.engine, self.line, self.directory = engine, engine.line, directory
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROWS, source
+from tiny_runs import ROWS, source
 from torch.nn import functional
 
 from cpm_cluster.training.corpus import Row
