@@ -14,6 +14,7 @@ own types, and tensors are read with ``weights_only``.
 from __future__ import annotations
 
 import pickle
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Callable, Mapping
 
@@ -168,6 +169,13 @@ def read_tensors_into(directory: Path, index: Any, tensors: Mapping[str, Tensor]
     reader.read_data(plan, planner).wait()
 
 
+def _member(owner: Any, name: str) -> Any:
+    """Take the place of ``getattr``, as which Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+    if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"an attribute {name} has no place in an index of tensors")
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)
@@ -180,4 +188,6 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module.partition(".")[0] == "pathlib" and name == "PosixPath":
             return PurePosixPath
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         raise pickle.UnpicklingError(f"{module}.{name} has no place in an index of tensors")

@@ -12,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from cpm_cluster.training import checkpoint
 from cpm_cluster.training.checkpoint import START, CheckpointError, Checkpoints, Progressed, damage_of
@@ -291,6 +292,26 @@ def test_the_index_of_a_checkpoint_runs_no_code(tmp_path):
         read_index(tmp_path)
 
     assert not (tmp_path / "made").exists()
+
+
+class Attribute:
+    """Pickled as Python 3.11.2, that of Debian 12, does it with a member of an enumeration."""
+
+    def __init__(self, owner, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_of_what_an_index_names_members_of_enumerations_alone_are_looked_up(tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.metadata").write_bytes(pickle.dumps(Attribute(Metadata, "__init__")))
+
+    assert read_index(tmp_path) is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    with pytest.raises(UserError, match="an attribute __init__ has no place in an index of tensors"):
+        read_index(tmp_path / "other")
 
 
 def test_an_error_of_writing_gets_the_name_of_its_file_even_through_another_error(tmp_path):
