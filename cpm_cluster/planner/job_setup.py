@@ -52,6 +52,7 @@ def job_setup(spec: JobSpec) -> Setup | None:
         pin_memory=spec.engine == "bmtrain",
         # BMTrain shards a parameter as it is made, DeepSpeed within zero.Init, FSDP2 one layer after another.
         zero_init=True,
+        frozen_first=spec.engine == "bmtrain",  # training/engines/bmtrain_layers.py
         bucket_elements=0,  # DeepSpeed's defaults: jobs have no keys for its buckets
         max_live_params=0,
         # DeepSpeed's default. BMTrain gathers a block ahead in any case, and its model counts it so.

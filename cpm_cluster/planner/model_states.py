@@ -385,8 +385,8 @@ def _bmtrain(setup: Setup, stage: Stage) -> States:
     """All sharded at rest in both stages; blocks are gathered one after another, the head's matrix on its own.
 
     Gradients are there from the second step on: zero_grad keeps them (optim_manager.py), and those of a block belong to
-    its storage, also where its weights were frozen once it was made. Before 1.0 the code of zero_context.py is in
-    block_layer.py.
+    its storage, also where its weights were frozen once it was made, as OpenDelta does it. Before 1.0 the code of
+    zero_context.py is in block_layer.py.
     """
     n, shape = setup.shards, setup.shape
     width, trained, whole = weight_bytes(setup), _trained(setup, stage), stage.parameters
@@ -394,6 +394,8 @@ def _bmtrain(setup: Setup, stage: Stage) -> States:
     at_rest = [part("weights", f"{width}N" + over(n), width * whole / n, BLOCKS)]
     outside = shape.vocabulary_matrices * shape.embedding_parameters if frozen_vocabulary else 0
     stored, what = (whole - outside, "(N - vocabulary)") if outside else (whole, "N")
+    if setup.trains_adapters and setup.frozen_first:
+        stored, what = trained, "T"
     at_rest.append(part("gradients", f"{width}{what}" + over(n), width * stored / n, BLOCK_CONTEXT))
     if not setup.offload_optimizer:
         moments = 6 if setup.precision.startswith("fp16") else 8  # fp16: the first moment in half
@@ -420,7 +422,10 @@ def _bmtrain_blocks(setup: Setup, width: int) -> tuple[tuple[Component, ...], tu
     weights to the backward pass.
     """
     block = width * setup.shape.parameters_per_layer
-    gradients = part("gradients of two blocks", f"2 × {width} × block", 2 * block, BLOCK_CONTEXT)
+    held, what = float(block), "block"
+    if setup.trains_adapters and setup.frozen_first:
+        held, what = width * setup.trained_parameters / setup.shape.layers, "T of a block"
+    gradients = part("gradients of two blocks", f"2 × {width} × {what}", 2 * held, BLOCK_CONTEXT)
     if setup.zero_stage == 2:
         kept = setup.shape.layers * block
         return (part("weights kept to the backward pass", f"{width} × blocks", kept, BLOCK_CONTEXT),), (gradients,)

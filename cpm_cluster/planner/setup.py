@@ -115,6 +115,7 @@ class Setup:
     offload_param: bool = False
     pin_memory: bool = False
     zero_init: bool = True  # weights are partitioned while the model is built
+    frozen_first: bool = False  # before BMTrain lays out its blocks, which then hold no gradients of frozen weights
     loads_half: bool = False  # the checkpoint is read in half precision
     bucket_elements: int = 0  # 0: the engine's default
     max_live_params: int = 0  # 0: the engine's default

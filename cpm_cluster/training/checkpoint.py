@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, Generator, List, Mapping, Sequence
@@ -211,12 +212,13 @@ class Checkpoints:
             write_text(latest, name + "\n")
 
     def _sweep(self) -> None:
-        """Remove what an attempt that was killed was writing or removing."""
+        """Remove what an attempt that was killed was writing or removing, as far as that goes (see _discard)."""
         for leftover in self._root.glob(".*"):
             if leftover.is_dir():
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             else:
-                leftover.unlink()
+                with suppress(OSError):
+                    leftover.unlink()
 
 
 def damage_of(directory: Path, rank: int = 0, ranks: int = 1) -> str | None:
@@ -257,11 +259,14 @@ def _sums(files: Sequence[Path]) -> Sums:
 
 
 def _discard(directory: Path) -> None:
-    """Remove a checkpoint so that none sees half of it."""
+    """Remove a checkpoint so that none sees half of it.
+
+    NFS keeps files that somebody reads, an export, say: no reason to end a run, and the next attempt tries again.
+    """
     doomed = directory.with_name(f".{directory.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(directory, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _directory(root: Path, step: int) -> Path:

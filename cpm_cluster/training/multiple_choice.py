@@ -65,7 +65,7 @@ class ChoiceFile:
         return [other for other in self.questions if other.question != asked]
 
     def _samples(self, number: int, seed: int, tokenizer: Tokenizer) -> list[Sample]:
-        others = self.others(number)
+        others = self.others(number) if self.shots else []
         drawn = random.Random(f"{seed}-{number}").sample(others, min(self.shots, len(others)))
         shown = [PROMPT.format(other.question) + other.choices[other.answer] + "\n" for other in drawn]
         question = self.questions[number]

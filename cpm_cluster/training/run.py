@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Sequence
 
-from cpm_cluster.training.checkpoint import Checkpoints, Progressed
+from cpm_cluster.training.checkpoint import START, CheckpointError, Checkpoints, Progressed
 from cpm_cluster.training.data import TrainingData, evaluation_batches
 from cpm_cluster.training.engines import Engine, StepResult, open_engine
 from cpm_cluster.training.files import write_json
@@ -156,6 +156,8 @@ class Run:
         """Return to the newest whole checkpoint, but not to its data: go on after those of the offending step."""
         self.enter("loading")
         restored = self.checkpoints.resume(self.engine)
+        if restored is START:
+            raise CheckpointError(f"{incident.text}, but no checkpoint is whole any more: nothing to go back to")
         self.guard.recall_losses(restored.guard)
         self.progressed = replace(restored, position=self.data.position, guard=self.guard.state())
         self.records.incident(incident, restored.step)

@@ -114,6 +114,10 @@ def open_samples(
         _wait_until(summary.exists, lambda: tick(0, 0))
     made = Summary(**json.loads(summary.read_text(encoding="utf-8")))
     if made.problem is not None:
+        all_gather(0)  # by then every rank has read it
+        if placement.rank == 0:
+            # A file that could not be read is as old as ever when it can be again.
+            shutil.rmtree(directory, ignore_errors=True)
         raise UserError(made.problem)
     return Samples(directory, made, id_type(tokenizer))
 

@@ -39,6 +39,8 @@ def read_recipe(run: Path) -> Recipe:
     raw: Any = read_json_object(path)
     try:
         model = parse_part(ModelSettings, raw["model"], "model")
+        if Path(model.name).name != model.name:
+            raise UserError(f"model.name {model.name} cannot be the name of a file")
         method = parse_part(MethodSettings, raw["method"], "method")
         return Recipe(
             model,

@@ -151,7 +151,9 @@ class BMTrainEngine:
         """Copy this rank's parts; what AdamOffload keeps in CPU memory is not doubled there, but written at once."""
         manager = self._manager
         scale, since = float(manager.loss_scale), int(manager.steps_since_last_scale)
-        index = Index(self._placement.world_size, self._optimizer.updates, scale, since)
+        # Without a scale: what fp16 begins with if the next attempt takes that.
+        kept = scale if manager.loss_scale_enabled else FIRST
+        index = Index(self._placement.world_size, self._optimizer.updates, kept, since)
         live, state = self._settings.training.offload_optimizer, self._optimizer.state(scale)
         tensors = dict(state) if live else self._stage.copy(state)
         return StagedParts(directory, self._placement.rank, index, tensors, random_states(), live)
@@ -161,8 +163,9 @@ class BMTrainEngine:
         index = read_index(directory)
         rank, world_size = self._placement.rank, self._placement.world_size
         self._optimizer.updates = index.updates
-        self._manager.loss_scale = index.loss_scale
-        self._manager.steps_since_last_scale = index.steps_since_last_scale
+        if self._manager.loss_scale_enabled:
+            self._manager.loss_scale = index.loss_scale
+            self._manager.steps_since_last_scale = index.steps_since_last_scale
         load_parts(directory, index, self._trained, self._optimizer, rank, world_size)
         load_generators(directory, rank)
         self._await_copies()

@@ -29,9 +29,12 @@ class LossScale:
             self._clean_steps = 0
 
     def as_json(self) -> dict[str, float]:
-        """Return the state for a checkpoint."""
+        """Return the state for a checkpoint; without a scale, what fp16 begins with if the next attempt takes that."""
+        if not self.enabled:
+            return {"value": FIRST, "clean_steps": 0}
         return {"value": self.value, "clean_steps": self._clean_steps}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Take over the state of a checkpoint."""
-        self.value, self._clean_steps = state["value"], int(state["clean_steps"])
+        """Take over the state of a checkpoint, which may be of another precision."""
+        if self.enabled:
+            self.value, self._clean_steps = state["value"], int(state["clean_steps"])

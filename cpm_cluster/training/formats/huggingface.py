@@ -101,7 +101,11 @@ def _weight_files(folder: Path) -> list[Path]:
     placed = read_json_object(index).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise UserError(f"{index} has no weight_map")
-    files = [folder / str(name) for name in sorted(set(placed.values()))]
+    names = sorted({str(name) for name in placed.values()})
+    strange = next((name for name in names if Path(name).name != name), None)
+    if strange is not None:
+        raise UserError(f"{index}: {strange} is not the name of a file in this folder")
+    files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} file(s) of {index.name}, among them {missing[0]}")

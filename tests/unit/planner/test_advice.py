@@ -16,7 +16,7 @@ from cpm_cluster.specs.job import JobSpec
 TOO_LARGE = [
     ("full_100b", ("profile=lora-100b-8x80g",)),
     ("full_10b", ("profile=minimal-train-10b",)),
-    ("lora_100b", ("resources.gpus_per_node=4",)),
+    ("lora_100b", ("resources.gpus_per_node=2",)),
     ("lora_10b", ("method=full", "training.micro_batch=8")),
     ("pretrain_10b", ("training.micro_batch=96",)),
     ("full_10b", ("resources.memory_per_node=16G",)),

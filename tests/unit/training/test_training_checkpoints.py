@@ -259,6 +259,19 @@ def test_what_a_killed_attempt_was_writing_or_removing_is_swept_away(make, root)
     assert names(root) == ["latest", "step-00000001"]
 
 
+def test_files_that_somebody_still_reads_end_no_run_and_go_with_the_next_attempt(make, root, monkeypatch):
+    checkpoints, engine = make(keep=1), LineEngine()
+    saved(checkpoints, engine, 1)
+    with monkeypatch.context() as nfs:
+        nfs.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EBUSY, "busy")))
+        saved(checkpoints, engine, 2)
+        assert make().resume(engine).step == 2
+    assert names(root) == [".step-00000001.removed", "latest", "step-00000002"]
+
+    assert make().resume(engine).step == 2
+    assert names(root) == ["latest", "step-00000002"]
+
+
 def test_a_run_that_returns_to_a_checkpoint_waits_for_the_save_in_flight(make):
     engine, checkpoints = LineEngine("good"), make()
     checkpoints.save(engine, Progressed(4, 40))

@@ -288,6 +288,13 @@ def test_a_merge_that_is_another_model_is_refused(dtype, wrong):
         require_equal(settings, base, delta, whole)
 
 
+def test_an_index_names_no_file_outside_its_folder(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../secret.bin"}}')
+
+    with pytest.raises(UserError, match=r"\.\./secret\.bin is not the name of a file in this folder"):
+        huggingface._weight_files(tmp_path)
+
+
 def test_a_number_that_fp16_has_not_is_refused_by_name():
     weights = as_type({"a.weight": torch.tensor([1e5]), "b.weight": torch.tensor([float("inf")])}, torch.float16)
     assert weights["b.weight"].isinf().all()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cpm_cluster.training.checkpoint import CheckpointError, Checkpoints
 from cpm_cluster.training.engines.torch_engine import TorchEngine
 from cpm_cluster.training.guard import LossGuard
 from cpm_cluster.training.placement import Placement
@@ -155,6 +156,14 @@ def test_a_rollback_returns_to_the_checkpoint_and_reads_on_after_the_bad_data(po
     # Each row was read once an epoch: nothing of what led to the bad row was read again.
     assert [sum(run.seen[start : start + 8]) for start in range(0, len(run.seen) - 7, 8)] == [1] * (len(run.seen) // 8)
     assert len(run.seen) == 14 + sum(event["step"] - event["rolled_back_to"] for event in run.events)
+
+
+def test_a_rollback_without_a_whole_checkpoint_ends_the_run(poisoned, monkeypatch):
+    run = poisoned("run", math.nan, **{"training.steps": 14, "training.guard.nonfinite": "rollback"})
+    monkeypatch.setattr(Checkpoints, "_newest_whole", lambda checkpoints, engine: None)
+
+    with pytest.raises(CheckpointError, match=r"^the loss of step \d+ is nan.*no checkpoint is whole any more"):
+        run.train()
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])

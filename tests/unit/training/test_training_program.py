@@ -75,6 +75,17 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_thousand_clean_st
     assert resumed.value == start
 
 
+def test_a_run_that_changes_its_precision_takes_no_loss_scale_along():
+    fp16, bf16 = LossScale(enabled=True), LossScale(enabled=False)
+    first = fp16.value
+    fp16.update(overflowed=True)
+
+    bf16.restore(fp16.as_json())
+    assert bf16.value == 1
+    fp16.restore(bf16.as_json())
+    assert fp16.value == first
+
+
 def test_an_fp16_overflow_halves_the_scale_until_it_cannot_and_only_then_is_the_guard_asked(tiny_settings):
     tokenizer = load_tokenizer("bytes")
     batch = collate([[encode_row(Row("", "the cat sat"), tokenizer)]], 48)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,8 +50,13 @@ def opened(settings, tokenizer=BYTES, placement=ALONE, all_gather=lambda value: 
 
 def opened_by_ranks(settings, count: int) -> list:
     """Open the data on threads that stand for ranks."""
+    meeting = threading.Barrier(count, timeout=30)
+
+    def gather(value):
+        meeting.wait()
+        return [value] * count
+
     with ThreadPoolExecutor(count) as threads:
-        gather = lambda value: [value] * count  # noqa: E731
         ranks = [threads.submit(opened, settings, BYTES, Placement(rank, count, rank), gather) for rank in range(count)]
         return [rank.exception() or rank.result() for rank in ranks]
 
@@ -171,6 +177,16 @@ def test_all_ranks_learn_what_is_wrong_wherever_it_was_read(make, monkeypatch):
     assert f'{file}:6: has no "output"' in message and f'{file}:8: has no "input"' in message
     with pytest.raises(UserError, match="2 problem"):
         opened(settings)
+
+
+def test_a_file_that_could_not_be_read_is_read_by_the_next_attempt(make, monkeypatch):
+    settings = make()
+    with monkeypatch.context() as broken:
+        broken.setattr(corpus.JsonLines, "read", lambda part: iter(["cannot be read: Stale file handle"]))
+        with pytest.raises(UserError, match=r"rows.jsonl:1: cannot be read: Stale file handle"):
+            opened(settings)
+
+    assert texts_of(opened(settings)) == TEXTS
 
 
 def test_lines_are_counted_in_each_file_even_if_two_sources_name_it(make):
