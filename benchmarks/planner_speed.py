@@ -74,7 +74,7 @@ def main() -> int:
     for name, spec in jobs.items():
         wall, cpu = milliseconds(partial(answer, spec), 200)
         slowest = max(slowest, wall)
-        print(f"plan {name:<18} {wall:8.2f} ms wall {cpu:8.2f} ms CPU  {answer(spec).verdict}")
+        print(f"plan {name:<22} {wall:8.2f} ms wall {cpu:8.2f} ms CPU  {answer(spec).verdict}")
     too_large = load_job(ROOT / "jobs/full_100b.yaml", ("profile=lora-100b-8x80g",), CATALOGUE, "slurm")
     wall, cpu = milliseconds(partial(answer, too_large), 20)
     proposals = len(answer(too_large).advice)

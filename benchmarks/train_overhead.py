@@ -2,7 +2,7 @@
 
     python benchmarks/train_overhead.py [--pairs 15] [--steps 10] [--json FILE]
 
-* loop: `Run.train` as `cpm_cluster.training.finetune` calls it (data, guard, heartbeat, clipping, records and
+* loop: `Run.take_step` as `cpm_cluster.training.run` calls it (data, guard, heartbeat, clipping, records and
   TensorBoard at every step), beside forward, loss, backward, clipping and AdamW written down, of the same model,
   kernel and batches, which that has in memory. Both live in one process, blocks of steps alternate, and so does who
   goes first: a pair is two blocks that follow each other. Printed is the median of the ratios of the pairs. torch has
@@ -34,17 +34,18 @@ from torch.nn import functional
 import cpm_cluster
 from cpm_cluster.runs.records import read_lines
 from cpm_cluster.specs.catalogue import packaged_configs
+from cpm_cluster.training.attempt import Attempt, open_tokenizer
 from cpm_cluster.training.attention import open_kernel, segments_of
 from cpm_cluster.training.data import TrainingData
 from cpm_cluster.training.engines import open_engine
+from cpm_cluster.training.engines.initial_weights import fill
 from cpm_cluster.training.engines.torch_engine import adamw
 from cpm_cluster.training.heartbeat import Heartbeat
-from cpm_cluster.training.model import CPM, initialise
-from cpm_cluster.training.opening import open_tokenizer
+from cpm_cluster.training.model import CPM
 from cpm_cluster.training.packing import IGNORED, Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.progress import Progress
-from cpm_cluster.training.run import Run, finetune
+from cpm_cluster.training.run import Run, train
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.stop import StopRequest
@@ -124,12 +125,12 @@ class OurLoop:
         output_dir.mkdir()
         self._heartbeat = Heartbeat(output_dir, 0)
         self._engine = open_engine(settings, ALONE)
-        progress, stop = Progress(settings, 0), StopRequest(output_dir)
-        self.run = Run(settings, ALONE, self._engine, stop, progress, self._heartbeat)
+        begun = Attempt(output_dir, StopRequest(output_dir), Progress(settings, 0), self._heartbeat)
+        self.run = Run(settings, ALONE, self._engine, begun)
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            self.run.train(self.run.progressed.step + 1)
+            self.run.take_step(self.run.progressed.step + 1)
 
     def close(self) -> None:
         self.run.records.close()
@@ -143,8 +144,7 @@ class BareLoop:
     def __init__(self, settings: Settings, batches: list[Batch]) -> None:
         training = settings.training
         self._model = CPM(settings.model, kernel=open_kernel(settings, 0, torch.device("cpu"), torch.float32))
-        torch.manual_seed(settings.seed)
-        initialise(self._model)
+        fill(self._model, None, settings)
         self._optimizer = adamw(dict(self._model.named_parameters()), training)
         self._batches, self._done, self._clip = batches, 0, training.clip_grad_norm
         self.loss = float("nan")
@@ -227,7 +227,7 @@ def checkpoint_figures(work: Path, asynchronous: bool) -> dict[str, Any]:
     """How long a save stops training, and the steps while one is being written beside those after it."""
     output_dir = work / f"saving-{'asynchronous' if asynchronous else 'at-once'}"
     every = {"every": STEPS_BETWEEN_SAVES, "keep": 2, "asynchronous": asynchronous}
-    finetune(settings_in(output_dir, steps=SAVES * STEPS_BETWEEN_SAVES + 1, checkpoint=every), ALONE, b"")
+    train(settings_in(output_dir, steps=SAVES * STEPS_BETWEEN_SAVES + 1, checkpoint=every), ALONE, b"")
     rows = read_lines(output_dir / "metrics.jsonl")[STEPS_BETWEEN_SAVES:]
     times = [(row["step"], row["time"] - before["time"], row["checkpoint_seconds"]) for before, row in pairwise(rows)]
     step_s = statistics.median(whole - stall for _, whole, stall in times)

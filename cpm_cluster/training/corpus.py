@@ -13,7 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, Literal, NamedTuple, Protocol, Sequence, Union
+from typing import Callable, Iterable, Iterator, Literal, NamedTuple, Protocol, Sequence, TypeVar, Union, cast
 
 from cpm_cluster.training.errors import UserError
 
@@ -28,6 +28,7 @@ _PASSAGE_CHARACTERS = 640
 _FEWEST_WORDS = 5
 
 Use = Literal["train", "eval"]
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -98,7 +99,7 @@ class JsonLines:
                     if not line:
                         yield "is missing: the file has become shorter"
                         return
-                    yield parse_line(line[len(_BOM) :] if position == 0 and line.startswith(_BOM) else line)
+                    yield parse_line(without_mark(line) if position == 0 else line, as_row)
                     position += len(line)
         except OSError as error:
             yield f"cannot be read: {error.strerror}"
@@ -198,22 +199,26 @@ def list_problems(problems: Sequence[str], count: int) -> str:
     return "the data have {} problem(s): {}".format(count, "; ".join(shown))
 
 
-def parse_line(line: bytes) -> Read:
-    """Return the row in a line of JSON, or what is wrong with it."""
+def parse_line(line: bytes, parse: Callable[[dict[str, object]], T | str]) -> T | str:
+    """Return what ``parse`` makes of the object in a line of JSON, or what is wrong with the line."""
     if b"\0" in line:
         return "has NUL bytes, as a file has that was not written to its end"
     try:
-        return as_row(json.loads(line.decode("utf-8")))
+        value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"is not UTF-8 from byte {error.start + 1} on"
     except (ValueError, RecursionError) as error:
         return f"is not JSON: {error}" if line.strip() else "is not JSON: the line is blank"
+    return parse(value) if isinstance(value, dict) else "is not an object"
 
 
-def as_row(value: object) -> Read:
-    """Return a value as a row, or what is wrong with it; keys besides ``input`` and ``output`` do no harm."""
-    if not isinstance(value, dict):
-        return "is not an object"
+def without_mark(text: bytes) -> bytes:
+    """Return what a file begins with, without the byte order mark that some write."""
+    return text[len(_BOM) :] if text.startswith(_BOM) else text
+
+
+def as_row(value: dict[str, object]) -> Read:
+    """Return an object as a row, or what is wrong with it; keys besides ``input`` and ``output`` do no harm."""
     for key in ("input", "output"):
         if key not in value:
             return f'has no "{key}"'
@@ -221,7 +226,7 @@ def as_row(value: object) -> Read:
             return f'"{key}" is not a text'
     if not value["output"]:
         return '"output" is empty'
-    return Row(value["input"], value["output"])
+    return Row(cast(str, value["input"]), cast(str, value["output"]))
 
 
 def _parts_of_file(path: Path, problems: list[str]) -> list[Part]:

@@ -144,6 +144,7 @@ class _PlainValues(pickle.Unpickler):
 
 def _unpickle(record: bytes) -> Read:
     try:
-        return as_row(_PlainValues(io.BytesIO(record)).load())
+        value = _PlainValues(io.BytesIO(record)).load()
     except Exception as error:  # noqa: BLE001 - a broken pickle raises whatever its bytes happen to mean
         return f"is not a pickle of plain values: {error}"
+    return as_row(value) if isinstance(value, dict) else "is not an object"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence, overload
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from cpm_cluster.training.corpus import Use
 from cpm_cluster.training.errors import UserError
@@ -73,7 +73,7 @@ class TrainingData:
         return [collate_samples(self.samples, group, training.seq_len) for group in groups]
 
 
-class EvalBatches(Sequence[Batch]):
+class EvalBatches:
     """This rank's batches of the evaluation data, every sample once whatever its weight; made when asked for."""
 
     def __init__(self, samples: Samples, settings: Settings, placement: Placement) -> None:
@@ -86,16 +86,8 @@ class EvalBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return len(self._groups)
 
-    @overload
-    def __getitem__(self, index: int) -> Batch: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Batch]: ...
-
-    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        return collate_samples(self._samples, self._groups[index], self._seq_len)
+    def __iter__(self) -> Iterator[Batch]:
+        return (collate_samples(self._samples, group, self._seq_len) for group in self._groups)
 
 
 def evaluation_batches(

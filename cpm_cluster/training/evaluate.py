@@ -1,7 +1,8 @@
 """Measure a CPM: perplexity over data.eval, and accuracy on multiple-choice questions.
 
-It leaves in output_dir: evaluation.json, progress.json, outcome.json, and errors/rank-R.json of ranks that failed. A
-second start begins anew.
+It leaves in output_dir: evaluation.json, progress.json, outcome.json, index/ (the data as token ids),
+heartbeats/rank-R.json of every rank, and errors/rank-R.json of ranks that failed. It stops between batches on SIGTERM,
+on SIGUSR2, when control/stop is there, and when its launcher dies. A second start begins anew, but for the index.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpm_cluster.training.attempt import open_tokenizer
 from cpm_cluster.training.files import write_json
 from cpm_cluster.training.inference import Advance, Inference, run_inference
 from cpm_cluster.training.multiple_choice import Score, read_choice_files
-from cpm_cluster.training.opening import open_tokenizer
 from cpm_cluster.training.packing import Sample, best_fit, collate, share_of
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings

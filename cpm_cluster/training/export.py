@@ -34,7 +34,6 @@ from cpm_cluster.training.probe import require_equal
 from cpm_cluster.training.tokenizer import load_tokenizer
 from cpm_cluster.training.trained import Recipe, Trained, read_recipe, read_trained, shapes_of
 
-FORMATS = ("hf", "cpm9g", "lora")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -18,12 +18,12 @@ from typing import NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+from cpm_cluster.training.attempt import open_tokenizer
 from cpm_cluster.training.decoding import continue_together
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import sha256_of, write_json, write_text
 from cpm_cluster.training.inference import Advance, Inference, run_inference
 from cpm_cluster.training.jsonl import Parsed, read_objects, require_none
-from cpm_cluster.training.opening import open_tokenizer
 from cpm_cluster.training.packing import PROMPT
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.sampling import draw

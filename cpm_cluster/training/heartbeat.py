@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from cpm_cluster.training.files import replace_quickly
@@ -51,10 +52,8 @@ class Heartbeat:
         """Replace the file, unsynced: after a power cut nobody asks for it. A full disk does not end a run."""
         step, phase, since = self._doing
         now = {"step": step, "phase": phase, "since": since, "time": time.time(), "ended": ended}
-        try:
+        with suppress(OSError):
             replace_quickly(self._path, json.dumps({**self._same, **now}) + "\n")
-        except OSError:
-            return
 
 
 def clear_heartbeats(output_dir: Path, world_size: int) -> None:

@@ -7,7 +7,6 @@ parameters needs 200 GB, spread over the ranks, and little on the host.
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 from typing import Callable, Sequence
 
 import torch
@@ -15,19 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from cpm_cluster.training.attempt import attempt, write_outcome
 from cpm_cluster.training.attention import KeyValueCache, open_kernel, segments_of
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.fsdp import shard_model
 from cpm_cluster.training.engines.initial_weights import fill, open_base_weights
-from cpm_cluster.training.engines.process_group import announce, choose_device, join_group
+from cpm_cluster.training.engines.process_group import announce, choose_device, gather, join_group
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.files import write_json
 from cpm_cluster.training.heartbeat import Heartbeat
 from cpm_cluster.training.layers import UninitialisedLayers
 from cpm_cluster.training.model import CPM
-from cpm_cluster.training.opening import prepare
 from cpm_cluster.training.packing import IGNORED, Batch
-from cpm_cluster.training.placement import Placement, confirm_world, expect_world_size
+from cpm_cluster.training.placement import Placement, confirm_world
 from cpm_cluster.training.progress import Progress
 from cpm_cluster.training.settings import LoraTuning, Settings
 from cpm_cluster.training.stop import StopRequest
@@ -98,10 +96,7 @@ class Inference:
 
     def all_gather(self, value: int) -> list[int]:
         """Return every rank's value, in the order of ranks. Collective."""
-        own = torch.tensor([value], dtype=torch.int64, device=self.device)
-        values = [torch.empty_like(own) for _ in range(self.world_size)]
-        dist.all_gather(values, own)
-        return [int(item) for item in values]
+        return [int(item) for item in gather(torch.tensor([value], dtype=torch.int64, device=self.device))]
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. Collective."""
@@ -157,31 +152,16 @@ class Advance:
 def run_inference(
     settings: Settings, placement: Placement, settings_text: bytes, phase: str, unit: str, work: Work
 ) -> str:
-    """Do a task on this rank, and leave ``progress.json`` and ``outcome.json``; return the outcome.
-
-    ``unit`` is what the steps in them count.
-    """
-    output_dir = Path(settings.output_dir)
-    prepare(output_dir, placement)
-    stop = StopRequest(output_dir)
-    progress = Progress(settings, placement.rank)
-    heartbeat = Heartbeat(output_dir, placement.rank)
-    progress.enter("loading", steps=0)
-    try:
-        expect_world_size(placement, settings.expected_world_size)
+    """Do a task on this rank and return its outcome; ``unit`` is what the steps of ``progress.json`` count."""
+    with attempt(settings, placement, steps=0) as begun:
         inference = Inference(settings, placement)
         confirm_world(inference.all_gather, placement, settings.expected_world_size, settings_text)
-        advance = Advance(phase, progress, heartbeat)
-        outcome = work(settings, inference, stop, advance)
+        advance = Advance(phase, begun.progress, begun.heartbeat)
+        outcome = work(settings, inference, begun.stop, advance)
         inference.close()
         if placement.rank == 0:
-            content = {"outcome": outcome, "step": advance.done, "checkpoint_step": None, "final_loss": None}
-            write_json(output_dir / "outcome.json", content)
+            write_outcome(begun.output_dir, outcome, advance.done)
             print(f"{outcome} after {advance.done} of {advance.of} {unit}", flush=True)
-        progress.enter("done" if outcome == "finished" else "stopped")
-        heartbeat.close(outcome)
+        begun.progress.enter("done" if outcome == "finished" else "stopped")
+        begun.heartbeat.close(outcome)
         return outcome
-    except Exception:
-        progress.enter("failed")
-        heartbeat.close("failed")
-        raise

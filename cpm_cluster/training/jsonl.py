@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence, TypeVar, Union
 
-from cpm_cluster.training.corpus import list_problems, matching_files
+from cpm_cluster.training.corpus import list_problems, matching_files, parse_line, without_mark
 from cpm_cluster.training.errors import UserError
-
-_BOM = b"\xef\xbb\xbf"
 
 T = TypeVar("T")
 # What a line holds, or what is wrong with it.
@@ -36,7 +33,7 @@ def read_objects(sources: Sequence[str], parse: Callable[[dict[str, object]], Pa
     for path in (path for source in sources for path in _files(source, problems)):
         before = len(found) + len(problems)
         for place, line in _lines(path, problems):
-            item = _parse_line(line, parse)
+            item = parse_line(line, parse)
             if isinstance(item, str):
                 problems.append(f"{place}: {item}")
             else:
@@ -66,16 +63,6 @@ def _lines(path: Path, problems: list[str]) -> list[tuple[Place, bytes]]:
     except OSError as error:
         problems.append(f"{path}: cannot be read: {error.strerror}")
         return []
-    content = (content[len(_BOM) :] if content.startswith(_BOM) else content).rstrip()
+    content = without_mark(content).rstrip()
     lines = content.split(b"\n") if content else []
     return [(Place(str(path), number), line) for number, line in enumerate(lines, 1)]
-
-
-def _parse_line(line: bytes, parse: Callable[[dict[str, object]], Parsed[T]]) -> Parsed[T]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 from byte {error.start + 1} on"
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON: {error}" if line.strip() else "is not JSON: the line is blank"
-    return parse(value) if isinstance(value, dict) else "is not an object"

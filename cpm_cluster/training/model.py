@@ -190,15 +190,8 @@ class CPM(nn.Module):
         return logits
 
 
-def initialise(model: CPM) -> None:
-    """Draw the matrices; see :func:`initial_deviation`."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(initial_weight(name, weight.shape, model.settings))
-
-
 def initial_weight(name: str, shape: Sequence[int], settings: ModelSettings) -> Tensor:
-    """Draw a matrix; the weights of a norm are 1."""
+    """Draw a matrix (see :func:`initial_deviation`); the weights of a norm are 1."""
     if len(shape) == 1:
         return torch.ones(shape)
     return nn.init.normal_(torch.empty(shape), std=initial_deviation(name, settings))

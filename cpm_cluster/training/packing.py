@@ -59,13 +59,11 @@ class Batch:
     target_tokens: int
 
 
-def encode_row(row: Row, tokenizer: Tokenizer) -> Sample:
-    """Wrap the input as CPM's prompt; the loss is on output and ``</s>``, without an input on everything."""
-    return encode_rows([row], tokenizer)[0]
-
-
 def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Sample]:
-    """Encode many rows, which some tokenizers do side by side; see :func:`encode_row`."""
+    """Wrap each input as CPM's prompt; the loss is on output and ``</s>``, without an input on everything.
+
+    Many at once, because some tokenizers encode them side by side.
+    """
     prompts = iter(tokenizer.encode_many([PROMPT.format(row.input) for row in rows if row.input]))
     outputs = tokenizer.encode_many([row.output for row in rows])
     samples = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from cpm_cluster.training.files import replace_quickly
@@ -58,13 +59,14 @@ class Progress:
         self.note(**values)
 
     def note(self, **values: object) -> None:
-        """Note values; write unless that was done within the last half second."""
+        """Note values; write unless that was done within the last half second. A full disk does not end a run."""
         self._content.update(values)
         now = time.monotonic()
         if self._active and now - self._written_at >= _SECONDS_BETWEEN_WRITES:
             self._written_at = now
             content = {**self._content, "updated_at": time.time()}
-            replace_quickly(self._path, json.dumps(content, allow_nan=False, indent=1) + "\n")
+            with suppress(OSError):
+                replace_quickly(self._path, json.dumps(content, allow_nan=False, indent=1) + "\n")
 
 
 class Speed:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict
 
 from cpm_cluster.training.board import Board
-from cpm_cluster.training.files import write_text
+from cpm_cluster.training.files import naming, write_text
 from cpm_cluster.training.guard import Incident
 from cpm_cluster.training.settings import Settings
 
@@ -58,7 +58,7 @@ Record = Dict[str, Any]
 
 
 class Records:
-    """Appends to the three records and prints, from rank 0; silent on other ranks."""
+    """Appends to the records and prints, from rank 0; silent on other ranks."""
 
     def __init__(self, settings: Settings, rank: int, restored_step: int) -> None:
         """Drop what an earlier attempt recorded beyond ``restored_step``, then continue after it."""
@@ -160,5 +160,5 @@ def _is_wanted(line: str, wanted: Callable[[int], bool]) -> bool:
 
 
 def _append(path: Path, record: Record) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")

@@ -3,74 +3,46 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Sequence
 
+from cpm_cluster.training.attempt import Attempt, attempt, open_tokenizer, write_outcome
 from cpm_cluster.training.checkpoint import START, CheckpointError, Checkpoints, Progressed
-from cpm_cluster.training.data import TrainingData, evaluation_batches
+from cpm_cluster.training.data import EvalBatches, TrainingData, evaluation_batches
 from cpm_cluster.training.engines import Engine, StepResult, open_engine
-from cpm_cluster.training.files import write_json
 from cpm_cluster.training.guard import Incident, LossGuard
-from cpm_cluster.training.heartbeat import Heartbeat
 from cpm_cluster.training.measurements import Meter
-from cpm_cluster.training.opening import open_tokenizer, prepare
-from cpm_cluster.training.packing import Batch
-from cpm_cluster.training.placement import Placement, confirm_world, expect_world_size
-from cpm_cluster.training.progress import Progress, Speed
+from cpm_cluster.training.placement import Placement, confirm_world
+from cpm_cluster.training.progress import Speed
 from cpm_cluster.training.records import Records, finite_or_none
 from cpm_cluster.training.sampling import continue_text
 from cpm_cluster.training.schedules import learning_rate
 from cpm_cluster.training.settings import Settings
-from cpm_cluster.training.stop import StopRequest
 
 
-def finetune(settings: Settings, placement: Placement, settings_text: bytes) -> str:
+def train(settings: Settings, placement: Placement, settings_text: bytes) -> str:
     """Train as the settings say, on this rank; return "finished" or "stopped"."""
-    output_dir = Path(settings.output_dir)
-    prepare(output_dir, placement)
-    stop = StopRequest(output_dir)
-    progress = Progress(settings, placement.rank)
-    heartbeat = Heartbeat(output_dir, placement.rank)
-    progress.enter("loading")
-    try:
-        expect_world_size(placement, settings.expected_world_size)
+    with attempt(settings, placement) as begun:
         engine = open_engine(settings, placement)
         confirm_world(engine.all_gather, placement, settings.expected_world_size, settings_text)
-        outcome = Run(settings, placement, engine, stop, progress, heartbeat).run()
+        outcome = Run(settings, placement, engine, begun).run()
         engine.close()
-        heartbeat.close(outcome)
+        begun.heartbeat.close(outcome)
         return outcome
-    except Exception:
-        heartbeat.close("failed")
-        with suppress(OSError):  # on a full disk the reason matters more
-            progress.enter("failed")
-        raise
 
 
 class Run:
     """One attempt at a run: the components, and the order in which they act."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        placement: Placement,
-        engine: Engine,
-        stop: StopRequest,
-        progress: Progress,
-        heartbeat: Heartbeat,
-    ) -> None:
+    def __init__(self, settings: Settings, placement: Placement, engine: Engine, begun: Attempt) -> None:
         """Read tokenizer and data, build the model, resume where an earlier attempt saved."""
         self.settings, self.placement, self.engine = settings, placement, engine
-        self.stop, self.progress, self.heartbeat = stop, progress, heartbeat
+        self.output_dir, self.stop, self.progress, self.heartbeat = begun
         self.speed, self.meter = Speed(settings.work, placement.world_size), Meter()
-        self.output_dir = Path(settings.output_dir)
         self.tokenizer = open_tokenizer(settings)
         self.data = TrainingData(settings, placement, self.tokenizer, engine.all_gather, self.note_loading, self.say)
         self.eval_batches = self.load_eval_batches()
-        progress.enter("loading", done=None, total=None)
+        self.progress.enter("loading", done=None, total=None)
         engine.build()
         self.checkpoints = Checkpoints(settings, placement.rank)
         self.progressed = self.checkpoints.resume(engine)
@@ -96,7 +68,7 @@ class Run:
         while self.progressed.step < training.steps:
             if stop:
                 return self.finish("stopped")
-            stop = self.train(self.progressed.step + 1)
+            stop = self.take_step(self.progressed.step + 1)
             if self.progressed.step % training.checkpoint.every == 0:
                 self.save()
             else:
@@ -109,7 +81,7 @@ class Run:
         self.engine.export_weights(self.output_dir / "weights")
         return self.finish("finished")
 
-    def train(self, step: int) -> bool:
+    def take_step(self, step: int) -> bool:
         """One optimizer step, and what is due after it; return whether some rank wants to stop."""
         started = time.monotonic()
         self.heartbeat.enter("data", step)
@@ -144,11 +116,10 @@ class Run:
         self.loss = finite_or_none(result.loss)
         if incident is not None:
             self.records.incident(incident, None)
-        training = self.settings.training
-        evaluated = bool(self.eval_batches) and due(step, training.eval_every, training.steps)
-        if evaluated:
+        training, evaluated = self.settings.training, False
+        if self.eval_batches is not None and due(step, training.eval_every, training.steps):
             self.enter("evaluating")
-            self.eval_loss = self.engine.evaluate(self.eval_batches)
+            self.eval_loss, evaluated = self.engine.evaluate(self.eval_batches), True
             self.enter("training")
         self.record(result, lr, evaluated, incident)
 
@@ -216,15 +187,10 @@ class Run:
         self.enter("saving")
         self.checkpoints.finish()
         self.records.close()
+        step = self.progressed.step
         if self.placement.rank == 0:
-            content = {
-                "outcome": outcome,
-                "step": self.progressed.step,
-                "checkpoint_step": self.checkpoints.newest_step,
-                "final_loss": self.loss,
-            }
-            write_json(self.output_dir / "outcome.json", content)
-        self.say(f"{outcome} after step {self.progressed.step}")
+            write_outcome(self.output_dir, outcome, step, self.checkpoints.newest_step, self.loss)
+        self.say(f"{outcome} after step {step}")
         self.enter("done" if outcome == "finished" else "stopped", checkpoint_step=self.checkpoints.newest_step)
         return outcome
 
@@ -243,10 +209,10 @@ class Run:
             )
             self.records.sample(number, step, prompt, text)
 
-    def load_eval_batches(self) -> Sequence[Batch]:
-        """Return this rank's share of the evaluation data; empty when the settings ask for no evaluation."""
+    def load_eval_batches(self) -> EvalBatches | None:
+        """Return this rank's share of the evaluation data; None when the settings ask for no evaluation."""
         if not self.settings.data.eval or self.settings.training.eval_every == 0:
-            return []
+            return None
         return evaluation_batches(
             self.settings, self.placement, self.tokenizer, self.engine.all_gather, self.note_loading, self.say
         )

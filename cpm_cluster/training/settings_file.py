@@ -6,14 +6,16 @@ import json
 import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Sequence, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Sequence, Tuple, Union, get_args, get_origin, get_type_hints
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.lora import LORA_TARGETS
-from cpm_cluster.training.settings import LoraTuning, Settings, SourceSettings
+from cpm_cluster.training.settings import LoraTuning, Settings, SourceSettings, TrainingSettings
 
 # What a value becomes when it is unusable; the problem has been noted already.
 _INVALID = object()
+# Whether something holds, and what to say where it does not.
+Rule = Tuple[bool, str]
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -123,8 +125,27 @@ def _parse_list(members: tuple[Any, ...], value: object, where: str, problems: l
 
 def _out_of_range(settings: Settings) -> list[str]:
     """Return what is well-typed but cannot be trained with."""
+    counts, model = _counts(settings), settings.model
+    rules = [(value >= 1, f"{key}: must be at least 1") for key, value in counts.items()]
+    rules += [
+        (Path(settings.output_dir).is_absolute(), "output_dir: must be an absolute path"),
+        (model.head_dim % 2 == 0, "model.head_dim: must be even (rotary pairs)"),
+        (model.kv_heads < 1 or model.heads % model.kv_heads == 0, "model.kv_heads: must divide model.heads"),
+        *_task_rules(settings),
+        *_training_rules(settings.training),
+        (settings.samples.max_tokens >= 0, "samples.max_tokens: must not be negative"),
+        (settings.samples.temperature >= 0, "samples.temperature: must not be negative"),
+    ]
+    problems = [message for holds, message in rules if not holds]
+    if isinstance(settings.method, LoraTuning):
+        problems.extend(_lora_problems(settings.method))
+    return problems
+
+
+def _counts(settings: Settings) -> dict[str, int]:
+    """Return what must be at least 1."""
     model, training = settings.model, settings.training
-    at_least_one = {
+    return {
         "expected_world_size": settings.expected_world_size,
         "model.layers": model.layers,
         "model.hidden": model.hidden,
@@ -143,19 +164,12 @@ def _out_of_range(settings: Settings) -> list[str]:
         "training.guard.window": training.guard.window,
         "training.guard.limit": training.guard.limit,
     }
-    rules = [(value >= 1, f"{key}: must be at least 1") for key, value in at_least_one.items()]
-    rules += [
-        (Path(settings.output_dir).is_absolute(), "output_dir: must be an absolute path"),
-        (model.head_dim % 2 == 0, "model.head_dim: must be even (rotary pairs)"),
-        (model.kv_heads < 1 or model.heads % model.kv_heads == 0, "model.kv_heads: must divide model.heads"),
-        (
-            bool(settings.data.train) or settings.task in ("evaluate", "generate"),
-            "data.train: must name at least one file",
-        ),
+
+
+def _training_rules(training: TrainingSettings) -> list[Rule]:
+    return [
         (0 <= training.zero_stage <= 3, "training.zero_stage: must be between 0 and 3"),
         (training.guard.spike_deviations > 0, "training.guard.spike_deviations: must be positive"),
-        (_weights_agree(settings.data.train), "data.train: all sources have a weight above 0, or none has one"),
-        (_weights_agree(settings.data.eval), "data.eval: all sources have a weight above 0, or none has one"),
         (training.lr > 0, "training.lr: must be positive"),
         (0 <= training.min_lr_ratio <= 1, "training.min_lr_ratio: must be between 0 and 1"),
         (0 <= training.warmup_steps <= training.steps, "training.warmup_steps: must be between 0 and steps"),
@@ -163,14 +177,24 @@ def _out_of_range(settings: Settings) -> list[str]:
         (all(0 <= beta < 1 for beta in training.betas), "training.betas: must be in [0, 1)"),
         (training.clip_grad_norm >= 0, "training.clip_grad_norm: must not be negative"),
         (training.eval_every >= 0, "training.eval_every: must not be negative"),
+    ]
+
+
+def _task_rules(settings: Settings) -> list[Rule]:
+    """Return the rules of what a task works on."""
+    rules = [
+        (
+            bool(settings.data.train) or settings.task in ("evaluate", "generate"),
+            "data.train: must name at least one file",
+        ),
+        (_weights_agree(settings.data.train), "data.train: all sources have a weight above 0, or none has one"),
+        (_weights_agree(settings.data.eval), "data.eval: all sources have a weight above 0, or none has one"),
         (settings.evaluation.shots >= 0, "evaluation.shots: must not be negative"),
         (
             bool(settings.data.eval or settings.evaluation.choices) or settings.task != "evaluate",
             "task: evaluate needs data.eval or evaluation.choices",
         ),
         (settings.generation is not None or settings.task != "generate", "generation: task generate needs it"),
-        (settings.samples.max_tokens >= 0, "samples.max_tokens: must not be negative"),
-        (settings.samples.temperature >= 0, "samples.temperature: must not be negative"),
     ]
     if settings.generation is not None:
         generation = settings.generation
@@ -180,10 +204,7 @@ def _out_of_range(settings: Settings) -> list[str]:
             (generation.temperature >= 0, "generation.temperature: must not be negative"),
             (0 < generation.top_p <= 1, "generation.top_p: must be above 0, and at most 1"),
         ]
-    problems = [message for holds, message in rules if not holds]
-    if isinstance(settings.method, LoraTuning):
-        problems.extend(_lora_problems(settings.method))
-    return problems
+    return rules
 
 
 def _weights_agree(sources: Sequence[SourceSettings]) -> bool:

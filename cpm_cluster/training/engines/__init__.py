@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, Protocol, Sequence
+from typing import Callable, Iterable, Literal, NamedTuple, Protocol, Sequence
 
 from torch import Tensor
 
@@ -93,7 +93,7 @@ class Engine(Protocol):
         loss allows, so that it costs no exchange of its own.
         """
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> float:
         """Return the loss in nats per target token over all ranks' batches; equally many on each rank."""
 
     def next_token_logits(self, ids: Sequence[int]) -> Tensor:
@@ -128,9 +128,6 @@ class Engine(Protocol):
 
     def any_flag(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank."""
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
 
     def close(self) -> None:
         """Leave the group."""

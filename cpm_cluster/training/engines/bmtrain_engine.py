@@ -10,13 +10,12 @@ import gc
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from cpm_cluster.training.attention import open_kernel, segments_of
+from cpm_cluster.training.attention import open_kernel
 from cpm_cluster.training.engines import Accept, StepResult, Update
 from cpm_cluster.training.engines.bmtrain_layers import BMTrainLayers, parts_of
 from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer
@@ -41,10 +40,11 @@ from cpm_cluster.training.engines.bmtrain_weights import export, fill
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.forward_clock import ForwardClock
 from cpm_cluster.training.engines.loss_scale import FIRST, LARGEST, SMALLEST, STEPS_TO_DOUBLE
+from cpm_cluster.training.engines.passes import decide, last_logits, mean_loss, summed_loss, vector
 from cpm_cluster.training.engines.process_group import announce, choose_device
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.model import CPM
-from cpm_cluster.training.packing import IGNORED, Batch
+from cpm_cluster.training.packing import Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import LoraTuning, Settings
 
@@ -128,24 +128,15 @@ class BMTrainEngine:
         seconds = self._forward_clock.seconds()
         return StepResult(total / targets, grad_norm, int(tokens), scale, update, stop > 0, seconds)
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> float:
         """Sum losses and target tokens over batches and ranks, then divide."""
         self._model.eval()
-        own_loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        with torch.no_grad():
-            for batch in batches:
-                own_loss += self._summed_loss(batch)
-        loss, targets = self._summed(own_loss, sum(batch.target_tokens for batch in batches)).tolist()
-        return float(loss / targets)
+        return mean_loss(batches, self._summed_loss, self._summed, self._device)
 
     def next_token_logits(self, ids: Sequence[int]) -> Tensor:
         """Run the last ``seq_len`` ids through the model."""
         self._model.eval()
-        recent = torch.tensor([list(ids)[-self._settings.training.seq_len :]], device=self._device)
-        positions = torch.arange(recent.shape[1], device=self._device)[None]
-        with torch.no_grad():
-            logits: Tensor = self._model(recent, torch.zeros_like(recent), positions)
-        return logits[0, -1].float().cpu()
+        return last_logits(self._model, ids, self._settings.training.seq_len, self._device)
 
     def stage_state(self, directory: Path) -> StagedParts:
         """Copy this rank's parts; what AdamOffload keeps in CPU memory is not doubled there, but written at once."""
@@ -183,8 +174,7 @@ class BMTrainEngine:
 
     def exchange(self, values: Sequence[float]) -> list[tuple[float, ...]]:
         """Exchange some numbers."""
-        own = torch.tensor(list(values), dtype=torch.float64, device=self._device)
-        return [tuple(of_rank) for of_rank in self._bmt.distributed.all_gather(own).tolist()]
+        return [tuple(of_rank) for of_rank in self._bmt.distributed.all_gather(vector(values, self._device)).tolist()]
 
     def all_gather_text(self, text: str) -> list[str]:
         """Exchange a text of each rank, as bytes of equal number."""
@@ -198,10 +188,6 @@ class BMTrainEngine:
     def any_flag(self, flag: bool) -> bool:
         """Exchange one flag."""
         return float(self._summed(float(flag))) > 0
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._bmt.synchronize()
 
     def close(self) -> None:
         """Drop the model; then, once no rank exchanges anything any more, the communicator."""
@@ -225,31 +211,17 @@ class BMTrainEngine:
         print(f"BMTrain {version()}: ZeRO-{training.zero_stage}, {training.precision}, {adam}{note}", flush=True)
 
     def _summed_loss(self, batch: Batch) -> Tensor:
-        """Return the sum of the cross entropy over a batch's target tokens, in fp32."""
-        logits = self._model(
-            self._here(batch.input_ids),
-            self._here(batch.documents),
-            self._here(batch.positions),
-            segments_of(batch.documents),
-        )
-        targets = self._here(batch.targets)
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Return a batch's tensor on the GPU; the copy does not wait for what that computes."""
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+        return summed_loss(self._model, batch, self._device)
 
     def _summed(self, *values: float | Tensor) -> Tensor:
         """Return each value's sum over the ranks, float64 on the device."""
-        own = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self._device) for value in values])
-        total: Tensor = self._bmt.distributed.all_reduce(own, "sum")
+        total: Tensor = self._bmt.distributed.all_reduce(vector(values, self._device), "sum")
         return total
 
     def _update(self, loss: float, grad_norm: float, lr: float, accept: Accept) -> Update:
         """Apply the gradient unless it overflowed or is refused, and clear it; it stays where blocks expect it."""
-        update = self._decide(loss, grad_norm, accept)
+        can_halve = self._manager.loss_scale_enabled and self._manager.loss_scale > SMALLEST
+        update = decide(can_halve, loss, grad_norm, accept)
         if update != "refused":
             # After an overflow OptimManager halves the scale and leaves the weights alone.
             self._optimizer.set_lr(lr)
@@ -257,10 +229,3 @@ class BMTrainEngine:
             self._optimizer.updates += update == "applied"
         self._manager.zero_grad()
         return update
-
-    def _decide(self, loss: float, grad_norm: float, accept: Accept) -> Update:
-        """An overflow is no reason to ask while halving the scale may cure it, which it cannot for the loss."""
-        can_halve = self._manager.loss_scale_enabled and self._manager.loss_scale > SMALLEST
-        if can_halve and math.isfinite(loss) and not math.isfinite(grad_norm):
-            return "overflow"
-        return "applied" if accept(loss, grad_norm) else "refused"

@@ -7,6 +7,7 @@ import socket
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
@@ -33,6 +34,13 @@ def announce(placement: Placement, device: torch.device) -> None:
         f" device {device}{gpu} torch {torch.__version__}",
         flush=True,
     )
+
+
+def gather(own: Tensor) -> list[Tensor]:
+    """Return every rank's tensor, in the order of ranks. Collective."""
+    tensors = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(tensors, own)
+    return tensors
 
 
 def join_group(placement: Placement, device: torch.device) -> None:

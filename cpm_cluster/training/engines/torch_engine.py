@@ -6,22 +6,22 @@ import gc
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Sequence
+from typing import Any, Callable, ContextManager, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from cpm_cluster.training.attention import open_kernel, segments_of
+from cpm_cluster.training.attention import open_kernel
 from cpm_cluster.training.engines import Accept, StepResult, Update
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.forward_clock import ForwardClock
 from cpm_cluster.training.engines.fsdp import shard_model, shards_mixed_types, whole
 from cpm_cluster.training.engines.initial_weights import fill, open_base_weights
 from cpm_cluster.training.engines.loss_scale import LossScale
-from cpm_cluster.training.engines.process_group import announce, choose_device, join_group
+from cpm_cluster.training.engines.passes import decide, last_logits, mean_loss, summed_loss, vector
+from cpm_cluster.training.engines.process_group import announce, choose_device, gather, join_group
 from cpm_cluster.training.engines.sharded_state import Stager, require_dcp
 from cpm_cluster.training.engines.torch_state import (
     StagedTraining,
@@ -36,7 +36,7 @@ from cpm_cluster.training.formats.tensor_files import Tensors
 from cpm_cluster.training.layers import UninitialisedLayers
 from cpm_cluster.training.lora import attach_lora
 from cpm_cluster.training.model import CPM
-from cpm_cluster.training.packing import IGNORED, Batch
+from cpm_cluster.training.packing import Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import LoraTuning, Settings, TrainingSettings
 
@@ -110,24 +110,16 @@ class TorchEngine:
         seconds = self._forward_clock.seconds()
         return StepResult(total / targets, grad_norm, int(tokens), scale, update, stop > 0, seconds)
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch]) -> float:
         """Sum losses and target tokens over batches and ranks, then divide."""
         self._replica.eval()
-        own_loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        with torch.no_grad():
-            for batch in batches:
-                own_loss += self._summed_loss(batch)
-        loss, targets = self._summed(own_loss, sum(batch.target_tokens for batch in batches)).tolist()
-        return float(loss / targets)
+        return mean_loss(batches, self._summed_loss, self._summed, self._device)
 
     def next_token_logits(self, ids: Sequence[int]) -> Tensor:
         """Run the last ``seq_len`` ids through the model."""
         self._model.eval()
-        recent = torch.tensor([list(ids)[-self._settings.training.seq_len :]], device=self._device)
-        positions = torch.arange(recent.shape[1], device=self._device)[None]
-        with torch.no_grad(), self._autocast():
-            logits: Tensor = self._model(recent, torch.zeros_like(recent), positions)
-        return logits[0, -1].float().cpu()
+        with self._autocast():
+            return last_logits(self._model, ids, self._settings.training.seq_len, self._device)
 
     def stage_state(self, directory: Path) -> StagedTraining:
         """Copy what this rank is to write."""
@@ -150,19 +142,13 @@ class TorchEngine:
 
     def all_gather(self, value: int) -> list[int]:
         """Exchange one integer."""
-        own = torch.tensor([value], dtype=torch.int64, device=self._device)
-        values = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(values, own)
-        return [int(item) for item in values]
+        return [int(item) for item in gather(torch.tensor([value], dtype=torch.int64, device=self._device))]
 
     def exchange(self, values: Sequence[float]) -> list[tuple[float, ...]]:
         """Exchange some numbers."""
         if self._placement.world_size == 1:
             return [tuple(values)]
-        own = torch.tensor(list(values), dtype=torch.float64, device=self._device)
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, own)
-        return [tuple(of_rank.tolist()) for of_rank in gathered]
+        return [tuple(of_rank.tolist()) for of_rank in gather(vector(values, self._device))]
 
     def all_gather_text(self, text: str) -> list[str]:
         """Exchange a text of each rank."""
@@ -173,10 +159,6 @@ class TorchEngine:
     def any_flag(self, flag: bool) -> bool:
         """Exchange one flag."""
         return float(self._summed(float(flag))) > 0
-
-    def barrier(self) -> None:
-        """Wait for all ranks: none returns from an exchange before the last has come."""
-        self._summed(0.0).tolist()
 
     def close(self) -> None:
         """Drop the model, then the process group.
@@ -217,31 +199,12 @@ class TorchEngine:
         return torch.autocast(self._device.type, dtype=self._compute_type)
 
     def _summed_loss(self, batch: Batch) -> Tensor:
-        """Return the sum of the cross entropy over a batch's target tokens, in fp32."""
         with self._autocast():
-            logits = self._replica(
-                self._here(batch.input_ids),
-                self._here(batch.documents),
-                self._here(batch.positions),
-                segments_of(batch.documents),
-            )
-        targets = self._here(batch.targets)
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Return a batch's tensor on the device; the copy to a GPU does not wait for what that computes."""
-        if self._device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._device, non_blocking=True)
+            return summed_loss(self._replica, batch, self._device)
 
     def _summed(self, *values: float | Tensor) -> Tensor:
         """Return each value's sum over the ranks, float64 on the device."""
-        # Filled in place: to copy a number to a GPU would wait for what that computes.
-        total = torch.zeros(len(values), dtype=torch.float64, device=self._device)
-        for number, value in enumerate(values):
-            total[number] = value
+        total = vector(values, self._device)
         if self._placement.world_size > 1:
             dist.all_reduce(total)
         return total
@@ -258,7 +221,7 @@ class TorchEngine:
 
     def _update(self, loss: float, grad_norm: float, lr: float, accept: Accept) -> Update:
         """Apply the gradient unless it overflowed or is refused, and clear it."""
-        update = self._decide(loss, grad_norm, accept)
+        update = decide(self._loss_scale.can_halve, loss, grad_norm, accept)
         if update == "applied":
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
@@ -267,12 +230,6 @@ class TorchEngine:
             self._loss_scale.update(overflowed=update == "overflow")
         self._optimizer.zero_grad(set_to_none=True)
         return update
-
-    def _decide(self, loss: float, grad_norm: float, accept: Accept) -> Update:
-        """An overflow is no reason to ask while halving the scale may cure it, which it cannot for the loss."""
-        if self._loss_scale.can_halve and math.isfinite(loss) and not math.isfinite(grad_norm):
-            return "overflow"
-        return "applied" if accept(loss, grad_norm) else "refused"
 
 
 def adamw(trained: dict[str, nn.Parameter], training: TrainingSettings) -> torch.optim.AdamW:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from tiny_runs import initialise
 from torch.nn import functional
 
 from cpm_cluster.training.attention import (
@@ -23,7 +24,7 @@ from cpm_cluster.training.attention import (
     varlen_kernel,
 )
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.model import CPM, initialise
+from cpm_cluster.training.model import CPM
 
 CPU = torch.device("cpu")
 HALF_ON_CPU = Demands(CPU, torch.bfloat16, 64, deterministic=False)

@@ -212,6 +212,16 @@ def test_the_optimizer_can_move_to_the_host_and_back_between_attempts(trained, t
         assert resumed.losses == pytest.approx(straight.losses, abs=2e-4)
 
 
+def test_a_run_continues_in_the_other_half_precision(trained, tmp_path):
+    for before, after, scale in (("bf16", "fp16", 2.0**16), ("fp16", "bf16", 1.0)):
+        straight = trained(NEW, before)
+        resumed = _resumed(straight, NEW, tmp_path / after, **{"training.precision": after})
+        assert resumed.losses == pytest.approx(straight.losses, abs=2 * TOLERANCE["bf16"])
+        last = resumed.lines("metrics.jsonl")[-1]
+        assert last["loss_scale"] == scale
+        assert last["grad_norm"] == pytest.approx(straight.lines("metrics.jsonl")[-1]["grad_norm"], rel=0.05)
+
+
 def test_a_run_continues_with_the_other_bmtrain(trained, tmp_path):
     _assert_same_bits(_resumed(trained(OLD), NEW, tmp_path), trained(OLD))
 

@@ -154,5 +154,4 @@ def test_evaluation_batches_are_the_same_each_time(run):
     batches = evaluation_batches(run(), Placement(0, 1, 0), BYTES, lambda value: [value], lambda done, of: None, print)
 
     assert rows_of(batches) == rows_of(batches)
-    assert rows_of(batches[:2]) == rows_of([batches[0], batches[1]])
     assert all((batch.targets != IGNORED).sum() == batch.target_tokens > 0 for batch in batches)

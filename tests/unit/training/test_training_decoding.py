@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from test_training_attention import Recorder
+from tiny_runs import initialise
 from torch.nn import functional
 
 from cpm_cluster.training.decoding import Continuation, continue_together
-from cpm_cluster.training.model import CPM, initialise
+from cpm_cluster.training.model import CPM
 
 CPU = torch.device("cpu")
 END = 2

@@ -7,14 +7,13 @@ import math
 
 import pytest
 import torch
-from tiny_runs import ROWS, source
+from tiny_runs import ROWS, encode_row, initialise, source
 from torch.nn import functional
 
 from cpm_cluster.training.corpus import Row
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.model import CPM, initialise
+from cpm_cluster.training.model import CPM
 from cpm_cluster.training.multiple_choice import ChoiceFile, Question, read_choice_files
-from cpm_cluster.training.packing import encode_row
 from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.tokenizer import load_tokenizer
 

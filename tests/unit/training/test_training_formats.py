@@ -289,10 +289,12 @@ def test_a_merge_that_is_another_model_is_refused(dtype, wrong):
 
 
 def test_an_index_names_no_file_outside_its_folder(tmp_path):
+    settings = model_settings()
+    write_config(tmp_path, settings, torch.float32, 64, 1, 2)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../secret.bin"}}')
 
     with pytest.raises(UserError, match=r"\.\./secret\.bin is not the name of a file in this folder"):
-        huggingface._weight_files(tmp_path)
+        read_base_weights(str(tmp_path), settings)
 
 
 def test_a_number_that_fp16_has_not_is_refused_by_name():

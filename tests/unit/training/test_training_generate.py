@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
+from tiny_runs import initialise
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.generation import read_prompts
-from cpm_cluster.training.model import CPM, initialise
+from cpm_cluster.training.model import CPM
 from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.tokenizer import load_tokenizer
 

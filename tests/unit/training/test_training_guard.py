@@ -13,7 +13,7 @@ from cpm_cluster.training.checkpoint import CheckpointError, Checkpoints
 from cpm_cluster.training.engines.torch_engine import TorchEngine
 from cpm_cluster.training.guard import LossGuard
 from cpm_cluster.training.placement import Placement
-from cpm_cluster.training.run import finetune
+from cpm_cluster.training.run import train
 from cpm_cluster.training.settings import GuardSettings
 from cpm_cluster.training.settings_file import parse_settings
 
@@ -102,7 +102,7 @@ class PoisonedRun:
         """Run to the end; return the outcome."""
         self.poison()
         try:
-            return finetune(parse_settings(self.files.raw), Placement(0, 1, 0), b"")
+            return train(parse_settings(self.files.raw), Placement(0, 1, 0), b"")
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()

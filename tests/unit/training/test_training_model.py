@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from tiny_runs import initialise
 from torch.nn import functional
 
 from cpm_cluster.training.attention import rotary_angles, rotate
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.layers import RMSNorm
 from cpm_cluster.training.lora import Delta, attach_lora, merged
-from cpm_cluster.training.model import CPM, check_weights, initialise
+from cpm_cluster.training.model import CPM, check_weights
 from cpm_cluster.training.settings import LoraTuning
 
 LORA = LoraTuning("lora", 4, 8.0, 0.0, ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out"))

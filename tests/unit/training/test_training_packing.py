@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import encode_row
 
 from cpm_cluster.training.corpus import Row
 from cpm_cluster.training.mixture import Mixture
@@ -17,7 +18,6 @@ from cpm_cluster.training.packing import (
     Sample,
     best_fit,
     collate,
-    encode_row,
     encode_rows,
     share_of,
 )

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from tiny_runs import encode_row
 
 from cpm_cluster.training.checkpoint import damage_of
 from cpm_cluster.training.corpus import Row
@@ -17,7 +18,7 @@ from cpm_cluster.training.engines.torch_engine import TorchEngine
 from cpm_cluster.training.errors import UserError, clear_errors, record_error
 from cpm_cluster.training.files import sha256_of, write_atomically, write_json
 from cpm_cluster.training.finetune import main
-from cpm_cluster.training.packing import collate, encode_row
+from cpm_cluster.training.packing import collate
 from cpm_cluster.training.placement import (
     Placement,
     confirm_world,

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny_runs import TINY, changed, encode_row, source
 
 from cpm_cluster.training import corpus, token_index
 from cpm_cluster.training.corpus import Row
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.packing import encode_row
 from cpm_cluster.training.placement import Placement
+from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.token_index import open_samples
 from cpm_cluster.training.tokenizer import SPECIAL_TOKENS, CpmTokenizer, load_tokenizer
 
@@ -147,9 +148,6 @@ def test_changed_data_or_settings_are_encoded_anew_and_the_old_ones_removed(make
 def test_ranks_make_together_what_one_makes_alone(tmp_path_factory, texts, ranks, part_bytes):
     folder = tmp_path_factory.mktemp("index")
     (folder / "rows.jsonl").write_text("".join(json.dumps({"input": "", "output": text}) + "\n" for text in texts))
-    from tiny_runs import TINY, changed, source
-
-    from cpm_cluster.training.settings_file import parse_settings
 
     def run(name: str):
         changes = {"output_dir": str(folder / name), "data.train": [source(folder / "rows.jsonl")]}
@@ -256,10 +254,6 @@ def test_a_source_of_which_nothing_is_left_is_named(make, tmp_path):
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 9))
 def test_pretraining_splits_long_documents_so_that_each_id_is_a_target_once(tmp_path_factory, sizes, seq_len):
-    from tiny_runs import TINY, changed, source
-
-    from cpm_cluster.training.settings_file import parse_settings
-
     folder = tmp_path_factory.mktemp("index")
     texts = [chr(97 + number) * (size + 1) for number, size in enumerate(sizes)]
     (folder / "rows").write_text("".join(json.dumps({"input": "", "output": text}) + "\n" for text in texts))

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import torch
 
+from cpm_cluster.training.corpus import Row
+from cpm_cluster.training.model import CPM, initial_weight
+from cpm_cluster.training.packing import Sample, encode_rows
+from cpm_cluster.training.tokenizer import Tokenizer
+
 TINY = {
     "format": 1,
     "output_dir": "/nowhere",
@@ -82,6 +87,19 @@ def changed(settings: dict, changes: dict) -> dict:
             part = part[parent]
         part[last] = value
     return settings
+
+
+def encode_row(row: Row, tokenizer: Tokenizer) -> Sample:
+    """Return one row as a sample."""
+    (sample,) = encode_rows([row], tokenizer)
+    return sample
+
+
+def initialise(model: CPM) -> None:
+    """Draw the weights that training from nothing begins with."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(initial_weight(name, weight.shape, model.settings))
 
 
 class TinyRun:
