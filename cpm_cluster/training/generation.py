@@ -31,6 +31,9 @@ from cpm_cluster.training.settings import GenerationSettings, Settings
 from cpm_cluster.training.stop import StopRequest
 from cpm_cluster.training.tokenizer import Tokenizer
 
+# NFS keeps what it knows of a folder for up to a minute (acdirmax, nfs(5)).
+_SECONDS_TO_APPEAR, _SECONDS_BETWEEN_LOOKS = 90.0, 0.5
+
 
 class Prompt(NamedTuple):
     """A line of the prompts' file, from 0; ``ids`` begin with ``<s>``."""
@@ -192,8 +195,19 @@ class Answers:
         return sum(answer.tokens for answer in answers)
 
     def publish(self, prompts: Sequence[Prompt]) -> None:
-        """Write ``generated.jsonl``. Rank 0 alone, when all ranks have added theirs."""
+        """Write ``generated.jsonl``. Rank 0 alone, when all ranks have added theirs.
+
+        Raises OSError when answers of other nodes do not become visible here.
+        """
+        deadline = time.monotonic() + _SECONDS_TO_APPEAR
         answers = self._read()
+        while missing := [prompt.number for prompt in prompts if prompt.number not in answers]:
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"{self._folder} lacks {len(missing)} answers that other ranks have written: is it shared?"
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            answers = self._read()
         lines = [answers[prompt.number]._asdict() for prompt in prompts]
         write_text(self._all, "".join(_line({k: v for k, v in line.items() if k != "number"}) for line in lines))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_runs import initialise
 
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.generation import read_prompts
+from cpm_cluster.training.generation import Answer, Answers, Prompt, read_prompts
 from cpm_cluster.training.model import CPM
 from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.tokenizer import load_tokenizer
@@ -84,6 +86,21 @@ def test_what_an_earlier_attempt_answered_is_kept_and_the_rest_is_done(generate_
 
     assert run.train(world_size=1, seed=8) == [2]
     assert "holds answers to other prompts, or of another model" in run.json("errors/rank-0.json")["message"]
+
+
+def test_answers_of_another_node_are_waited_for(generate_run):
+    settings = parse_settings(generate_run("nodes").raw)
+    first, second = (Answers(settings, settings.generation, rank) for rank in range(2))
+    first.gather_earlier()
+    prompts = [Prompt(number, PROMPTS[number], [1]) for number in range(2)]
+    first.add([Answer(0, PROMPTS[0], "me", "stop", 1)])
+    late = threading.Timer(0.3, second.add, ([Answer(1, "", "you", "stop", 1)],))
+
+    late.start()
+    first.publish(prompts)
+
+    lines = (Path(settings.output_dir) / "generated.jsonl").read_text().splitlines()
+    assert [json.loads(line)["output"] for line in lines] == ["me", "you"]
 
 
 @pytest.mark.parametrize(
