@@ -14,6 +14,12 @@ from cpm_cluster.planner.fit import Fit
 from cpm_cluster.specs.catalogue import Catalogue
 from cpm_cluster.specs.compose import load_job
 from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.specs.problems import Location, Problem, SpecError
+
+NO_DEEPSPEED = (
+    "the trainer has no deepspeed, which can only be planned; write bmtrain or torch, or start a DeepSpeed program of"
+    " your own with engine: command"
+)
 
 
 @dataclass(frozen=True)
@@ -37,5 +43,16 @@ def read_job(path: Path, overrides: Sequence[str], catalogue: Catalogue, has_slu
 def prepare(
     spec: JobSpec, run_id: str, run_dir: Path, submitter: Submitter, calibration: Calibration | None = None
 ) -> Prepared:
-    """The job with its fit and its plan."""
+    """The job with its fit and its plan.
+
+    Raises:
+        SpecError: its engine can be planned but is none of the trainer's.
+    """
+    if spec.engine == "deepspeed":
+        raise SpecError([Problem(_written(spec, "engine"), "engine", NO_DEEPSPEED)])
     return Prepared(spec, answer(spec, calibration), resolve(spec, run_id, str(run_dir), submitter))
+
+
+def _written(spec: JobSpec, key: str) -> Location:
+    origin = spec.origins.get(key)
+    return (origin.where if origin else None) or Location("the job")

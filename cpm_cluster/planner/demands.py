@@ -28,7 +28,8 @@ GB = 10**9
 # A rank without a GPU: Python and torch; 0.38 GB with 1.2e6 parameters in training, measured with torch 2.13.
 CPU_RANK_BYTES = 400_000_000
 CPU_SPREAD = 0.3
-OURS = ("fsdp", "ddp")  # jobs reach these through our torch engine alone
+# Of our torch engine; a program that a job describes below `workload` is taken for like it, which is on the safe side.
+OURS = ("fsdp", "ddp")
 TORCH_ENGINE = "training/engines/torch_engine.py"
 STAGING = "training/engines/staging.py"
 ATTENTION = "training/attention.py"

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpm_cluster.training.corpus import PROBLEMS_SHOWN, Part, Use, list_parts, list_problems
-from cpm_cluster.training.cpm9g import list_blocks
+from cpm_cluster.training.cpm9g_dataset import list_blocks
 from cpm_cluster.training.encoded_part import Found, PartFiles, encode_part, id_type
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_atomically, write_json

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpm_cluster.training.corpus import Row
-from cpm_cluster.training.cpm9g import list_blocks
+from cpm_cluster.training.cpm9g_dataset import list_blocks
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.token_index import open_samples
