@@ -20,12 +20,12 @@ import torch
 from cpm_cluster.launch.trainer import trainer_settings
 from cpm_cluster.specs.catalogue import Catalogue, packaged_configs, packaged_jobs
 from cpm_cluster.specs.compose import load_job
-from cpm_cluster.training.corpus import PYTHON_REFERENCE, read_rows
-from cpm_cluster.training.data import TrainingData
+from cpm_cluster.training.data.batches import TrainingData
+from cpm_cluster.training.data.corpus import PYTHON_REFERENCE, read_rows
+from cpm_cluster.training.data.tokenizer import Tokenizer, load_tokenizer
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.settings_file import parse_settings
-from cpm_cluster.training.tokenizer import Tokenizer, load_tokenizer
 
 ALONE = Placement(rank=0, world_size=1, local_rank=0)
 T = TypeVar("T")

@@ -74,7 +74,7 @@ TRAINING: dict[str, Any] = {
 # In a process of its own: one that has touched a GPU holds half a GiB of it.
 DEVICE = """\
 import json, torch
-from cpm_cluster.training.attention import Demands, choose_kernel
+from cpm_cluster.training.model.attention import Demands, choose_kernel
 card = torch.cuda.get_device_properties(0)
 kernel = choose_kernel("auto", Demands(torch.device("cuda", 0), torch.bfloat16, 128, False))
 print(json.dumps({

@@ -35,16 +35,16 @@ import cpm_cluster
 from cpm_cluster.runs.records import read_lines
 from cpm_cluster.specs.catalogue import packaged_configs
 from cpm_cluster.training.attempt import Attempt, open_tokenizer
-from cpm_cluster.training.attention import open_kernel, segments_of
-from cpm_cluster.training.data import TrainingData
+from cpm_cluster.training.data.batches import TrainingData
+from cpm_cluster.training.data.packing import IGNORED, Batch
 from cpm_cluster.training.engines import open_engine
 from cpm_cluster.training.engines.initial_weights import fill
 from cpm_cluster.training.engines.torch_engine import adamw
-from cpm_cluster.training.heartbeat import Heartbeat
-from cpm_cluster.training.model import CPM
-from cpm_cluster.training.packing import IGNORED, Batch
+from cpm_cluster.training.model.attention import open_kernel, segments_of
+from cpm_cluster.training.model.decoder import CPM
 from cpm_cluster.training.placement import Placement
-from cpm_cluster.training.progress import Progress
+from cpm_cluster.training.reporting.heartbeat import Heartbeat
+from cpm_cluster.training.reporting.progress import Progress
 from cpm_cluster.training.run import Run, train
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.settings_file import parse_settings

@@ -6,10 +6,9 @@ newer) and therefore import nothing else of this project.
 
 Where things are:
 
-* a task from start to end: ``program``, ``attempt``, then ``run`` (training), ``evaluation``, ``generation``
-* the model: ``model``, ``layers``, ``attention``, ``lora``; what computes it: ``engines``
-* data: ``corpus`` (rows), ``tokenizer``, ``token_index`` and ``encoded_part`` (ids on disk), ``mixture`` (order),
-  ``packing`` (rows of tokens), ``data`` (batches)
+* a task from start to end: ``program``, ``attempt``, then ``run`` (training) or one of ``inference``
+* ``model``: decoder, layers, attention, LoRA; ``engines`` compute it
+* ``data``: rows of text, tokenizers, ids on disk, their order, packing, batches
 * what is kept: ``checkpoint``, ``formats`` (weights of others), ``trained`` and ``export``
-* what is told: ``records``, ``board``, ``progress``, ``heartbeat``, ``measurements``
+* ``reporting``: progress, heartbeats, metrics, TensorBoard
 """

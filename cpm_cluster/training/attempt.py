@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
+from cpm_cluster.training.data.tokenizer import Tokenizer, load_tokenizer
 from cpm_cluster.training.errors import UserError, clear_errors
 from cpm_cluster.training.files import write_json
-from cpm_cluster.training.heartbeat import Heartbeat, clear_heartbeats
 from cpm_cluster.training.placement import Placement, expect_world_size
-from cpm_cluster.training.progress import Progress
+from cpm_cluster.training.reporting.heartbeat import Heartbeat, clear_heartbeats
+from cpm_cluster.training.reporting.progress import Progress
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.stop import StopRequest
-from cpm_cluster.training.tokenizer import Tokenizer, load_tokenizer
 
 
 class Attempt(NamedTuple):

@@ -15,10 +15,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Iterable, Tuple
 
-from cpm_cluster.training.corpus import read_rows
+from cpm_cluster.training.data.corpus import read_rows
+from cpm_cluster.training.data.tokenizer import SPECIAL_TOKENS
 from cpm_cluster.training.errors import EXIT_USER_ERROR, UserError
 from cpm_cluster.training.files import write_text
-from cpm_cluster.training.tokenizer import SPECIAL_TOKENS
 
 # CPM's prompt markers are pieces of their own in the original vocabulary, too.
 _MARKERS = ("<用户>", "<AI>")

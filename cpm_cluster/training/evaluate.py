@@ -15,7 +15,7 @@ from cpm_cluster.training.program import run_program
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank and return its exit code."""
-    return run_program("evaluate", __doc__, "cpm_cluster.training.evaluation:evaluate", arguments)
+    return run_program("evaluate", __doc__, "cpm_cluster.training.inference.evaluation:evaluate", arguments)
 
 
 if __name__ == "__main__":

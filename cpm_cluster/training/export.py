@@ -12,6 +12,7 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_json
 from cpm_cluster.training.formats import huggingface
@@ -28,10 +29,9 @@ from cpm_cluster.training.formats.tensor_files import (
     sync_file,
     write_torch_file,
 )
-from cpm_cluster.training.lora import Delta, check_delta, merged
-from cpm_cluster.training.model import check_weights
+from cpm_cluster.training.model.decoder import check_weights
+from cpm_cluster.training.model.lora import Delta, check_delta, merged
 from cpm_cluster.training.probe import require_equal
-from cpm_cluster.training.tokenizer import load_tokenizer
 from cpm_cluster.training.trained import Recipe, Trained, read_recipe, read_trained, shapes_of
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

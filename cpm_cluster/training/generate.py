@@ -16,7 +16,7 @@ from cpm_cluster.training.program import run_program
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this rank and return its exit code."""
-    return run_program("generate", __doc__, "cpm_cluster.training.generation:generate", arguments)
+    return run_program("generate", __doc__, "cpm_cluster.training.inference.generation:generate", arguments)
 
 
 if __name__ == "__main__":

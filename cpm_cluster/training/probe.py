@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpm_cluster.training.attention import packed_layout, portable_kernel, rotary_angles
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.formats.tensor_files import Tensors
-from cpm_cluster.training.layers import RMSNorm, UninitialisedLayers
-from cpm_cluster.training.lora import Delta, attach_lora
-from cpm_cluster.training.model import DecoderLayer
+from cpm_cluster.training.model.attention import packed_layout, portable_kernel, rotary_angles
+from cpm_cluster.training.model.decoder import DecoderLayer
+from cpm_cluster.training.model.layers import RMSNorm, UninitialisedLayers
+from cpm_cluster.training.model.lora import Delta, attach_lora
 from cpm_cluster.training.settings import LoraTuning, ModelSettings
 
 _TOKENS, _SEED = 32, 9

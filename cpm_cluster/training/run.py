@@ -8,14 +8,14 @@ from functools import partial
 
 from cpm_cluster.training.attempt import Attempt, attempt, open_tokenizer, write_outcome
 from cpm_cluster.training.checkpoint import START, CheckpointError, Checkpoints, Progressed
-from cpm_cluster.training.data import EvalBatches, TrainingData, evaluation_batches
+from cpm_cluster.training.data.batches import EvalBatches, TrainingData, evaluation_batches
 from cpm_cluster.training.engines import Engine, StepResult, open_engine
 from cpm_cluster.training.guard import Incident, LossGuard
-from cpm_cluster.training.measurements import Meter
+from cpm_cluster.training.inference.sampling import continue_text
 from cpm_cluster.training.placement import Placement, confirm_world
-from cpm_cluster.training.progress import Speed
-from cpm_cluster.training.records import Records, finite_or_none
-from cpm_cluster.training.sampling import continue_text
+from cpm_cluster.training.reporting.measurements import Meter
+from cpm_cluster.training.reporting.progress import Speed
+from cpm_cluster.training.reporting.records import Records, finite_or_none
 from cpm_cluster.training.schedules import learning_rate
 from cpm_cluster.training.settings import Settings
 

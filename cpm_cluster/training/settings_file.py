@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Sequence, Tuple, Union, get_args, get_origin, get_type_hints
 
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.lora import LORA_TARGETS
+from cpm_cluster.training.model.lora import LORA_TARGETS
 from cpm_cluster.training.settings import LoraTuning, Settings, SourceSettings, TrainingSettings
 
 # What a value becomes when it is unusable; the problem has been noted already.

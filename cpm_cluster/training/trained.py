@@ -12,9 +12,9 @@ from torch import Tensor
 from cpm_cluster.training.checkpoint import damage_of
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.formats.tensor_files import LazyTensors, Tensors, read_json_object, read_tensors
-from cpm_cluster.training.layers import UninitialisedLayers
-from cpm_cluster.training.lora import attach_lora
-from cpm_cluster.training.model import CPM, check_weights
+from cpm_cluster.training.model.decoder import CPM, check_weights
+from cpm_cluster.training.model.layers import UninitialisedLayers
+from cpm_cluster.training.model.lora import attach_lora
 from cpm_cluster.training.settings import LoraTuning, MethodSettings, ModelSettings
 from cpm_cluster.training.settings_file import parse_part
 

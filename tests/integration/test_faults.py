@@ -1,7 +1,7 @@
 """What clusters do to jobs: each fault, what the user is told, what is lost, and that nothing is left behind.
 
 On the sandbox: real Slurm, real containers, an ordinary user. Needs root and Debian's packages. A sandbox that is up
-already is used, and stays; otherwise one is brought up. At most the steps since the last checkpoint may be lost.
+already is used, and stays; otherwise one is brought up. At most the steps since the last whole checkpoint may be lost.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ STATE = Sandbox()
 # So that a cut cable, or a slurmd that is away, is nobody else's: jobs of one node, of two, and those of a lost node.
 ONE_NODE, TWO_NODES, LOST_NODE = "g[2004-2008]", "g[2001-2003,2006-2008]", "g[2001-2005]"
 EVERY = 20
+# The newest checkpoint may still be being written when a rank dies; the next one is not begun before it is whole.
+MOST_LOST = 2 * EVERY
 SIGTERM_CODE, SIGKILL_CODE = 128 + signal.SIGTERM, 128 + signal.SIGKILL
 SCANCELLED = f"It was cancelled in Slurm by {STATE.user}, not by cpm cancel."
 DIFFICULT = {
@@ -435,14 +437,14 @@ def after_kill(victim: Callable[[ClusterRun], int], category: str, cause: str) -
 
 
 def goes_on(run: ClusterRun, category: str, cause: str, saved: bool = False) -> None:
-    """The second attempt goes on from the newest checkpoint of the first, which was not long ago."""
+    """The second attempt goes on from the newest whole checkpoint of the first, which was not long ago."""
     checkpoint, step = run.checkpoint_step, run.last_step
     continued = run.continued_after(2)
     ending = next(event for event in run.lines("events/batch.jsonl") if event["kind"] == "ending")
     assert (ending["attempt"], ending["category"]) == (1, category)
     assert ending["cause"].startswith(cause)
     assert continued == checkpoint
-    assert step - checkpoint <= (0 if saved else EVERY)
+    assert step - checkpoint <= (0 if saved else MOST_LOST)
     assert run.status()["state"] == "running"
     assert run.runs.cpm("cancel", run.id).returncode == 0
     run.await_nothing_left()
@@ -480,7 +482,7 @@ def lost_node(user: ClusterRuns) -> None:
         run.await_job("PENDING", 150)
         checkpoint, step = run.checkpoint_step, run.last_step
         assert run.continued_after(2) == checkpoint
-        assert step - checkpoint <= EVERY
+        assert step - checkpoint <= MOST_LOST
         assert lost.name not in run.nodes
     finally:
         plug(lost, "up")

@@ -14,8 +14,8 @@ from typing import Callable, Iterable, Literal, NamedTuple, Protocol, Sequence
 
 from torch import Tensor
 
+from cpm_cluster.training.data.packing import Batch
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.packing import Batch
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings
 

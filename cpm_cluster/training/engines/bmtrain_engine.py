@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from cpm_cluster.training.attention import open_kernel
+from cpm_cluster.training.data.packing import Batch
 from cpm_cluster.training.engines import Accept, StepResult, Update
 from cpm_cluster.training.engines.bmtrain_layers import BMTrainLayers, parts_of
 from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer
@@ -43,8 +43,8 @@ from cpm_cluster.training.engines.loss_scale import FIRST, LARGEST, SMALLEST, ST
 from cpm_cluster.training.engines.passes import decide, last_logits, mean_loss, summed_loss, vector
 from cpm_cluster.training.engines.process_group import announce, choose_device
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.model import CPM
-from cpm_cluster.training.packing import Batch
+from cpm_cluster.training.model.attention import open_kernel
+from cpm_cluster.training.model.decoder import CPM
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import LoraTuning, Settings
 

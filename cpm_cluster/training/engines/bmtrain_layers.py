@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from cpm_cluster.training.engines.bmtrain_versions import Package, block_type, make_block, make_linear
-from cpm_cluster.training.layers import RMSNorm
-from cpm_cluster.training.lora import LowRank, attach_lora
+from cpm_cluster.training.model.layers import RMSNorm
+from cpm_cluster.training.model.lora import LowRank, attach_lora
 from cpm_cluster.training.settings import LoraTuning, Settings
 
 
 class BMTrainLayers:
-    """See :class:`cpm_cluster.training.layers.LayerFactory`; weights are not initialised, and frozen for LoRA."""
+    """See :class:`cpm_cluster.training.model.layers.LayerFactory`; weights are not initialised, and frozen for LoRA."""
 
     def __init__(self, bmt: Package, settings: Settings, dtype: torch.dtype) -> None:
         self._bmt = bmt

@@ -18,8 +18,8 @@ from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_atomically
 from cpm_cluster.training.formats.loading import read_base_weights
 from cpm_cluster.training.formats.tensor_files import Tensors
-from cpm_cluster.training.lora import initial_factor, is_factor
-from cpm_cluster.training.model import check_weights, initial_weight
+from cpm_cluster.training.model.decoder import check_weights, initial_weight
+from cpm_cluster.training.model.lora import initial_factor, is_factor
 from cpm_cluster.training.settings import Settings
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.model import CPM
+from cpm_cluster.training.model.decoder import CPM
 
 
 def shard_model(model: CPM, device: torch.device, compute_type: torch.dtype | None, reshard: bool) -> None:

@@ -11,8 +11,8 @@ import torch
 from cpm_cluster.training.engines.fsdp import copy_into
 from cpm_cluster.training.formats.loading import read_base_weights
 from cpm_cluster.training.formats.tensor_files import Tensors
-from cpm_cluster.training.lora import initial_factor, is_factor
-from cpm_cluster.training.model import CPM, check_weights, initial_weight
+from cpm_cluster.training.model.decoder import CPM, check_weights, initial_weight
+from cpm_cluster.training.model.lora import initial_factor, is_factor
 from cpm_cluster.training.settings import Settings
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpm_cluster.training.attention import segments_of
+from cpm_cluster.training.data.packing import IGNORED, Batch
 from cpm_cluster.training.engines import Accept, Update
-from cpm_cluster.training.packing import IGNORED, Batch
+from cpm_cluster.training.model.attention import segments_of
 
 
 def summed_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cpm_cluster.training.attention import open_kernel
+from cpm_cluster.training.data.packing import Batch
 from cpm_cluster.training.engines import Accept, StepResult, Update
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.forward_clock import ForwardClock
@@ -33,10 +33,10 @@ from cpm_cluster.training.engines.torch_state import (
 )
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.formats.tensor_files import Tensors
-from cpm_cluster.training.layers import UninitialisedLayers
-from cpm_cluster.training.lora import attach_lora
-from cpm_cluster.training.model import CPM
-from cpm_cluster.training.packing import Batch
+from cpm_cluster.training.model.attention import open_kernel
+from cpm_cluster.training.model.decoder import CPM
+from cpm_cluster.training.model.layers import UninitialisedLayers
+from cpm_cluster.training.model.lora import attach_lora
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import LoraTuning, Settings, TrainingSettings
 

@@ -8,7 +8,7 @@ from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.formats import cpm9g, huggingface, peft
 from cpm_cluster.training.formats.opendelta import read_opendelta
 from cpm_cluster.training.formats.tensor_files import Tensors
-from cpm_cluster.training.lora import Delta, is_factor
+from cpm_cluster.training.model.lora import Delta, is_factor
 from cpm_cluster.training.settings import ModelSettings
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.formats.tensor_files import changed, read_tensors, write_torch_file
-from cpm_cluster.training.lora import FACTOR_B, Delta, is_factor
+from cpm_cluster.training.model.lora import FACTOR_B, Delta, is_factor
 
 ALPHA = 64.0
 

@@ -13,7 +13,7 @@ from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_json
 from cpm_cluster.training.formats.huggingface import our_module, their_module
 from cpm_cluster.training.formats.tensor_files import LazyTensors, open_files, read_json_object, write_safetensors
-from cpm_cluster.training.lora import FACTOR_A, FACTOR_B, Delta, split_factor
+from cpm_cluster.training.model.lora import FACTOR_A, FACTOR_B, Delta, split_factor
 
 CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -11,7 +11,8 @@ import torch
 from tiny_runs import initialise
 from torch.nn import functional
 
-from cpm_cluster.training.attention import (
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.model.attention import (
     Demands,
     KeyValueCache,
     attend,
@@ -23,8 +24,7 @@ from cpm_cluster.training.attention import (
     segments_of,
     varlen_kernel,
 )
-from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.model import CPM
+from cpm_cluster.training.model.decoder import CPM
 
 CPU = torch.device("cpu")
 HALF_ON_CPU = Demands(CPU, torch.bfloat16, 64, deterministic=False)

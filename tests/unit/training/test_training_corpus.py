@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpm_cluster.training import corpus
-from cpm_cluster.training.corpus import PYTHON_REFERENCE, JsonLines, Row, list_parts, read_rows
+from cpm_cluster.training.data import corpus
+from cpm_cluster.training.data.corpus import PYTHON_REFERENCE, JsonLines, Row, list_parts, read_rows
 from cpm_cluster.training.errors import UserError
 
 

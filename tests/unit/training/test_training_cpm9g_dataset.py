@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpm_cluster.training.corpus import Row
-from cpm_cluster.training.cpm9g_dataset import list_blocks
+from cpm_cluster.training.data.corpus import Row
+from cpm_cluster.training.data.cpm9g_dataset import list_blocks
+from cpm_cluster.training.data.token_index import open_samples
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
-from cpm_cluster.training.token_index import open_samples
-from cpm_cluster.training.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 BLOCK = 256

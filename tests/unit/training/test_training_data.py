@@ -10,12 +10,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_runs import TINY, changed, source
 
-from cpm_cluster.training.data import TrainingData, evaluation_batches
+from cpm_cluster.training.data.batches import TrainingData, evaluation_batches
+from cpm_cluster.training.data.packing import IGNORED
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.packing import IGNORED
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings_file import parse_settings
-from cpm_cluster.training.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 

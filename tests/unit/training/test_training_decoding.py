@@ -8,8 +8,8 @@ from test_training_attention import Recorder
 from tiny_runs import initialise
 from torch.nn import functional
 
-from cpm_cluster.training.decoding import Continuation, continue_together
-from cpm_cluster.training.model import CPM
+from cpm_cluster.training.inference.decoding import Continuation, continue_together
+from cpm_cluster.training.model.decoder import CPM
 
 CPU = torch.device("cpu")
 END = 2

@@ -10,12 +10,12 @@ import torch
 from tiny_runs import ROWS, encode_row, initialise, source
 from torch.nn import functional
 
-from cpm_cluster.training.corpus import Row
+from cpm_cluster.training.data.corpus import Row
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.model import CPM
-from cpm_cluster.training.multiple_choice import ChoiceFile, Question, read_choice_files
+from cpm_cluster.training.inference.multiple_choice import ChoiceFile, Question, read_choice_files
+from cpm_cluster.training.model.decoder import CPM
 from cpm_cluster.training.settings_file import parse_settings
-from cpm_cluster.training.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.timeout(90)
 

@@ -15,7 +15,7 @@ from cpm_cluster.training import finetune
 from cpm_cluster.training.files import sha256_of
 from cpm_cluster.training.formats.loading import read_base_weights
 from cpm_cluster.training.formats.peft import read_peft
-from cpm_cluster.training.lora import Delta, merged
+from cpm_cluster.training.model.lora import Delta, merged
 from cpm_cluster.training.settings_file import parse_settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
@@ -164,7 +164,7 @@ def test_a_run_of_an_earlier_version_can_be_exported(finished, cpm):
 
 
 def test_the_tokenizer_comes_along_or_is_missed_aloud(finished, cpm, tmp_path):
-    from cpm_cluster.training.tokenizer import SPECIAL_TOKENS
+    from cpm_cluster.training.data.tokenizer import SPECIAL_TOKENS
 
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("".join(json.dumps(token) + "\n" for token in SPECIAL_TOKENS))

@@ -14,8 +14,8 @@ from cpm_cluster.training.formats.loading import read_base_weights
 from cpm_cluster.training.formats.opendelta import read_opendelta, write_opendelta
 from cpm_cluster.training.formats.peft import read_peft, write_peft
 from cpm_cluster.training.formats.tensor_files import EXPORT_RECORD, as_type, new_folder, write_torch_file
-from cpm_cluster.training.lora import LORA_TARGETS, Delta, attach_lora, is_factor, merged
-from cpm_cluster.training.model import CPM
+from cpm_cluster.training.model.decoder import CPM
+from cpm_cluster.training.model.lora import LORA_TARGETS, Delta, attach_lora, is_factor, merged
 from cpm_cluster.training.probe import TOLERANCES, probe_logits, require_equal
 from cpm_cluster.training.settings import LoraTuning, ModelSettings
 

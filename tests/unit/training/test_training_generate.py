@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_runs import initialise
 
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.generation import Answer, Answers, Prompt, read_prompts
-from cpm_cluster.training.model import CPM
+from cpm_cluster.training.inference.generation import Answer, Answers, Prompt, read_prompts
+from cpm_cluster.training.model.decoder import CPM
 from cpm_cluster.training.settings_file import parse_settings
-from cpm_cluster.training.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.timeout(90)
 

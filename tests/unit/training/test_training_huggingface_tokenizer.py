@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.tokenizer import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 

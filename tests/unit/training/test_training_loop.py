@@ -15,10 +15,10 @@ from training_ranks import finish, wait_for
 
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.forward_clock import ForwardClock
-from cpm_cluster.training.heartbeat import Heartbeat, clear_heartbeats
-from cpm_cluster.training.measurements import Meter, stragglers
-from cpm_cluster.training.progress import Speed
-from cpm_cluster.training.records import step_line
+from cpm_cluster.training.reporting.heartbeat import Heartbeat, clear_heartbeats
+from cpm_cluster.training.reporting.measurements import Meter, stragglers
+from cpm_cluster.training.reporting.progress import Speed
+from cpm_cluster.training.reporting.records import step_line
 from cpm_cluster.training.settings import WorkSettings
 from cpm_cluster.training.stop import StopRequest
 
@@ -141,7 +141,7 @@ def test_each_rank_leaves_a_heartbeat_that_says_where_it_was(tiny_run):
 
 
 def test_a_heartbeat_goes_on_while_the_rank_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("cpm_cluster.training.heartbeat._SECONDS_BETWEEN_WRITES", 0.02)
+    monkeypatch.setattr("cpm_cluster.training.reporting.heartbeat._SECONDS_BETWEEN_WRITES", 0.02)
     heartbeat = Heartbeat(tmp_path, 3)
     heartbeat.enter("data", 17)
 

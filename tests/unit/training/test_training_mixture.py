@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpm_cluster.training.mixture import Mixture, permuted
+from cpm_cluster.training.data.mixture import Mixture, permuted
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 KEYS = np.arange(1, 7, dtype=np.uint64)

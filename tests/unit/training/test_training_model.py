@@ -9,11 +9,11 @@ import torch
 from tiny_runs import initialise
 from torch.nn import functional
 
-from cpm_cluster.training.attention import rotary_angles, rotate
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.layers import RMSNorm
-from cpm_cluster.training.lora import Delta, attach_lora, merged
-from cpm_cluster.training.model import CPM, check_weights
+from cpm_cluster.training.model.attention import rotary_angles, rotate
+from cpm_cluster.training.model.decoder import CPM, check_weights
+from cpm_cluster.training.model.layers import RMSNorm
+from cpm_cluster.training.model.lora import Delta, attach_lora, merged
 from cpm_cluster.training.settings import LoraTuning
 
 LORA = LoraTuning("lora", 4, 8.0, 0.0, ("project_q", "project_k", "project_v", "attention_out", "w_0", "w_1", "w_out"))

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import encode_row
 
-from cpm_cluster.training.corpus import Row
-from cpm_cluster.training.mixture import Mixture
-from cpm_cluster.training.packing import (
+from cpm_cluster.training.data.corpus import Row
+from cpm_cluster.training.data.mixture import Mixture
+from cpm_cluster.training.data.packing import (
     IGNORED,
     PackedStream,
     Position,
@@ -21,7 +21,7 @@ from cpm_cluster.training.packing import (
     encode_rows,
     share_of,
 )
-from cpm_cluster.training.tokenizer import load_tokenizer
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 START = Position("", 0, 0)

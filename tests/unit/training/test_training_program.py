@@ -11,21 +11,21 @@ import torch
 from tiny_runs import encode_row
 
 from cpm_cluster.training.checkpoint import damage_of
-from cpm_cluster.training.corpus import Row
+from cpm_cluster.training.data.corpus import Row
+from cpm_cluster.training.data.packing import collate
+from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.engines import open_engine
 from cpm_cluster.training.engines.loss_scale import LossScale
 from cpm_cluster.training.engines.torch_engine import TorchEngine
 from cpm_cluster.training.errors import UserError, clear_errors, record_error
 from cpm_cluster.training.files import sha256_of, write_atomically, write_json
 from cpm_cluster.training.finetune import main
-from cpm_cluster.training.packing import collate
 from cpm_cluster.training.placement import (
     Placement,
     confirm_world,
     expect_world_size,
     read_placement,
 )
-from cpm_cluster.training.tokenizer import load_tokenizer
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 

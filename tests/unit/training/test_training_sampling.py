@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpm_cluster.training.sampling import continue_text, draw
-from cpm_cluster.training.tokenizer import load_tokenizer
+from cpm_cluster.training.data.tokenizer import load_tokenizer
+from cpm_cluster.training.inference.sampling import continue_text, draw
 
 BYTES = load_tokenizer("bytes")
 EVENLY = [number / 2000 for number in range(2000)]

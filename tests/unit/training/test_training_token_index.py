@@ -14,13 +14,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny_runs import TINY, changed, encode_row, source
 
-from cpm_cluster.training import corpus, token_index
-from cpm_cluster.training.corpus import Row
+from cpm_cluster.training.data import corpus, token_index
+from cpm_cluster.training.data.corpus import Row
+from cpm_cluster.training.data.token_index import open_samples
+from cpm_cluster.training.data.tokenizer import SPECIAL_TOKENS, CpmTokenizer, load_tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings_file import parse_settings
-from cpm_cluster.training.token_index import open_samples
-from cpm_cluster.training.tokenizer import SPECIAL_TOKENS, CpmTokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 ALONE = Placement(0, 1, 0)

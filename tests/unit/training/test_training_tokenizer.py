@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cpm_cluster.training.build_vocabulary import build_vocabulary
-from cpm_cluster.training.corpus import PYTHON_REFERENCE, read_rows
+from cpm_cluster.training.data.corpus import PYTHON_REFERENCE, read_rows
+from cpm_cluster.training.data.tokenizer import SPECIAL_TOKENS, CpmTokenizer, load_tokenizer
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.tokenizer import SPECIAL_TOKENS, CpmTokenizer, load_tokenizer
 
 SHIPPED = Path(__file__).parents[3] / "configs/tokenizers/python-reference.txt"
 BYTES = load_tokenizer("bytes")

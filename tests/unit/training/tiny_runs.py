@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from cpm_cluster.training.corpus import Row
-from cpm_cluster.training.model import CPM, initial_weight
-from cpm_cluster.training.packing import Sample, encode_rows
-from cpm_cluster.training.tokenizer import Tokenizer
+from cpm_cluster.training.data.corpus import Row
+from cpm_cluster.training.data.packing import Sample, encode_rows
+from cpm_cluster.training.data.tokenizer import Tokenizer
+from cpm_cluster.training.model.decoder import CPM, initial_weight
 
 TINY = {
     "format": 1,

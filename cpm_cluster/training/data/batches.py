@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
-from cpm_cluster.training.corpus import Use
+from cpm_cluster.training.data.corpus import Use
+from cpm_cluster.training.data.mixture import Mixture
+from cpm_cluster.training.data.packing import Batch, PackedRow, PackedStream, Position, best_fit, collate, share_of
+from cpm_cluster.training.data.token_index import AllGather, Samples, Tick, open_samples
+from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.mixture import Mixture
-from cpm_cluster.training.packing import Batch, PackedRow, PackedStream, Position, best_fit, collate, share_of
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings
-from cpm_cluster.training.token_index import AllGather, Samples, Tick, open_samples
-from cpm_cluster.training.tokenizer import Tokenizer
 
 
 class TrainingData:

@@ -27,9 +27,9 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict
 
-from cpm_cluster.training.board import Board
 from cpm_cluster.training.files import naming, write_text
 from cpm_cluster.training.guard import Incident
+from cpm_cluster.training.reporting.board import Board
 from cpm_cluster.training.settings import Settings
 
 _TAGS = {

@@ -13,9 +13,9 @@ from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 
-from cpm_cluster.training.jsonl import Parsed, Place, read_objects, require_none
-from cpm_cluster.training.packing import PROMPT, Sample
-from cpm_cluster.training.tokenizer import Tokenizer
+from cpm_cluster.training.data.jsonl import Parsed, Place, read_objects, require_none
+from cpm_cluster.training.data.packing import PROMPT, Sample
+from cpm_cluster.training.data.tokenizer import Tokenizer
 
 
 class Question(NamedTuple):

@@ -16,7 +16,7 @@ _USUAL_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>")
 
 
 class HuggingFaceTokenizer:
-    """See :class:`cpm_cluster.training.tokenizer.Tokenizer`; the round trip is as good as the tokenizer's own."""
+    """See :class:`cpm_cluster.training.data.tokenizer.Tokenizer`; the round trip is as good as the tokenizer's own."""
 
     def __init__(self, path: Path) -> None:
         """Read ``tokenizer.json``, or the one in a folder, and the names of its special tokens beside it.
@@ -51,16 +51,16 @@ class HuggingFaceTokenizer:
         self.identity = hashlib.sha256(text.encode("utf-8")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """See :class:`cpm_cluster.training.tokenizer.Tokenizer`."""
+        """See :class:`cpm_cluster.training.data.tokenizer.Tokenizer`."""
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """See :class:`cpm_cluster.training.tokenizer.Tokenizer`; on all cores that RAYON_NUM_THREADS allows."""
+        """See :class:`cpm_cluster.training.data.tokenizer.Tokenizer`; on all cores that RAYON_NUM_THREADS allows."""
         whole = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         return [list(item.ids) for item in self._tokenizer.encode_batch(whole, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See :class:`cpm_cluster.training.tokenizer.Tokenizer`; unknown ids are silent."""
+        """See :class:`cpm_cluster.training.data.tokenizer.Tokenizer`; unknown ids are silent."""
         text: str = self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=True)
         return text
 

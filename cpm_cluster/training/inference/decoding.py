@@ -7,7 +7,7 @@ from typing import Callable, NamedTuple, Protocol, Sequence
 import torch
 from torch import Tensor
 
-from cpm_cluster.training.attention import KeyValueCache
+from cpm_cluster.training.model.attention import KeyValueCache
 
 # Draws a token for each row of logits [B, vocab]; rows that have ended are drawn, too, and not looked at.
 Choose = Callable[[Tensor], Sequence[int]]

@@ -107,7 +107,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return CpmTokenizer(SPECIAL_TOKENS)
     path = Path(name)
     if path.suffix == ".json" or path.is_dir():
-        from cpm_cluster.training.huggingface_tokenizer import HuggingFaceTokenizer
+        from cpm_cluster.training.data.huggingface_tokenizer import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(path)
     try:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpm_cluster.training.corpus import Row
-from cpm_cluster.training.mixture import Mixture
-from cpm_cluster.training.tokenizer import Tokenizer
+from cpm_cluster.training.data.corpus import Row
+from cpm_cluster.training.data.mixture import Mixture
+from cpm_cluster.training.data.tokenizer import Tokenizer
 
 IGNORED = -100
 PROMPT = "<用户>{}<AI>"

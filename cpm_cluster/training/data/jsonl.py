@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence, TypeVar, Union
 
-from cpm_cluster.training.corpus import list_problems, matching_files, parse_line, without_mark
+from cpm_cluster.training.data.corpus import list_problems, matching_files, parse_line, without_mark
 from cpm_cluster.training.errors import UserError
 
 T = TypeVar("T")

@@ -22,15 +22,15 @@ from typing import Any, Callable, List, cast
 import numpy as np
 import numpy.typing as npt
 
-from cpm_cluster.training.corpus import PROBLEMS_SHOWN, Part, Use, list_parts, list_problems
-from cpm_cluster.training.cpm9g_dataset import list_blocks
-from cpm_cluster.training.encoded_part import Found, PartFiles, encode_part, id_type
+from cpm_cluster.training.data.corpus import PROBLEMS_SHOWN, Part, Use, list_parts, list_problems
+from cpm_cluster.training.data.cpm9g_dataset import list_blocks
+from cpm_cluster.training.data.encoded_part import Found, PartFiles, encode_part, id_type
+from cpm_cluster.training.data.packing import Sample
+from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_atomically, write_json
-from cpm_cluster.training.packing import Sample
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings, SourceSettings
-from cpm_cluster.training.tokenizer import Tokenizer
 
 _FORMAT = 1
 # These leave no text out; fine-tuning has no use for half an answer.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
-from cpm_cluster.training.corpus import Part, Read, as_row
+from cpm_cluster.training.data.corpus import Part, Read, as_row
 
 _META = "meta.bin"
 _RECORD, _END_OF_BLOCK = 0x1F, 0x00
@@ -41,11 +41,11 @@ class Block:
 
     @property
     def identity(self) -> str:
-        """See :class:`cpm_cluster.training.corpus.Part`."""
+        """See :class:`cpm_cluster.training.data.corpus.Part`."""
         return f"{self.file} {self.offset} {self.nbytes}"
 
     def read(self) -> Iterator[Read]:
-        """See :class:`cpm_cluster.training.corpus.Part`; a record that cannot be told ends the block."""
+        """See :class:`cpm_cluster.training.data.corpus.Part`; a record that cannot be told ends the block."""
         try:
             with open(self.file, "rb") as file:
                 file.seek(self.offset)
@@ -67,7 +67,7 @@ class Block:
             position += length
 
     def place(self, row: int, rows_before: int) -> str:
-        """See :class:`cpm_cluster.training.corpus.Part`."""
+        """See :class:`cpm_cluster.training.data.corpus.Part`."""
         return f"{self.file}: block {self.number}, record {row}"
 
 

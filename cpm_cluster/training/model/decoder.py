@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from cpm_cluster.training.attention import (
+from cpm_cluster.training.errors import UserError
+from cpm_cluster.training.model.attention import (
     Kernel,
     KeyValueCache,
     PackedLayout,
@@ -25,8 +26,7 @@ from cpm_cluster.training.attention import (
     rotary_angles,
     rotate,
 )
-from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.layers import TORCH_LAYERS, LayerFactory
+from cpm_cluster.training.model.layers import TORCH_LAYERS, LayerFactory
 from cpm_cluster.training.settings import ModelSettings
 
 _INIT_STD = 0.02

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from cpm_cluster.training.attempt import open_tokenizer
-from cpm_cluster.training.decoding import continue_together
+from cpm_cluster.training.data.jsonl import Parsed, read_objects, require_none
+from cpm_cluster.training.data.packing import PROMPT
+from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import sha256_of, write_json, write_text
-from cpm_cluster.training.inference import Advance, Inference, run_inference
-from cpm_cluster.training.jsonl import Parsed, read_objects, require_none
-from cpm_cluster.training.packing import PROMPT
+from cpm_cluster.training.inference.decoding import continue_together
+from cpm_cluster.training.inference.loaded import Advance, Inference, run_inference
+from cpm_cluster.training.inference.sampling import draw
 from cpm_cluster.training.placement import Placement
-from cpm_cluster.training.sampling import draw
 from cpm_cluster.training.settings import GenerationSettings, Settings
 from cpm_cluster.training.stop import StopRequest
-from cpm_cluster.training.tokenizer import Tokenizer
 
 # NFS keeps what it knows of a folder for up to a minute (acdirmax, nfs(5)).
 _SECONDS_TO_APPEAR, _SECONDS_BETWEEN_LOOKS = 90.0, 0.5

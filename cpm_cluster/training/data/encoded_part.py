@@ -13,10 +13,10 @@ from typing import Callable
 import numpy as np
 import numpy.typing as npt
 
-from cpm_cluster.training.corpus import PROBLEMS_SHOWN, Part, Read, Row
+from cpm_cluster.training.data.corpus import PROBLEMS_SHOWN, Part, Read, Row
+from cpm_cluster.training.data.packing import encode_rows
+from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.files import write_atomically, write_json
-from cpm_cluster.training.packing import encode_rows
-from cpm_cluster.training.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 256
 

@@ -8,7 +8,7 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cpm_cluster.training.tokenizer import Tokenizer
+from cpm_cluster.training.data.tokenizer import Tokenizer
 
 _TOP_P = 0.95
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from cpm_cluster.training.attempt import open_tokenizer
+from cpm_cluster.training.data.packing import Sample, best_fit, collate, share_of
+from cpm_cluster.training.data.token_index import open_samples
+from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.files import write_json
-from cpm_cluster.training.inference import Advance, Inference, run_inference
-from cpm_cluster.training.multiple_choice import Score, read_choice_files
-from cpm_cluster.training.packing import Sample, best_fit, collate, share_of
+from cpm_cluster.training.inference.loaded import Advance, Inference, run_inference
+from cpm_cluster.training.inference.multiple_choice import Score, read_choice_files
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings
 from cpm_cluster.training.stop import StopRequest
-from cpm_cluster.training.token_index import open_samples
-from cpm_cluster.training.tokenizer import Tokenizer
 
 
 class Perplexity(NamedTuple):

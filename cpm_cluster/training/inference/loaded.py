@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpm_cluster.training.attempt import attempt, write_outcome
-from cpm_cluster.training.attention import KeyValueCache, open_kernel, segments_of
+from cpm_cluster.training.data.packing import IGNORED, Batch
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.fsdp import shard_model
 from cpm_cluster.training.engines.initial_weights import fill, open_base_weights
 from cpm_cluster.training.engines.process_group import announce, choose_device, gather, join_group
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.heartbeat import Heartbeat
-from cpm_cluster.training.layers import UninitialisedLayers
-from cpm_cluster.training.model import CPM
-from cpm_cluster.training.packing import IGNORED, Batch
+from cpm_cluster.training.model.attention import KeyValueCache, open_kernel, segments_of
+from cpm_cluster.training.model.decoder import CPM
+from cpm_cluster.training.model.layers import UninitialisedLayers
 from cpm_cluster.training.placement import Placement, confirm_world
-from cpm_cluster.training.progress import Progress
+from cpm_cluster.training.reporting.heartbeat import Heartbeat
+from cpm_cluster.training.reporting.progress import Progress
 from cpm_cluster.training.settings import LoraTuning, Settings
 from cpm_cluster.training.stop import StopRequest
 
