@@ -22,6 +22,7 @@ from cpm_cluster.specs.catalogue import Catalogue, packaged_configs, packaged_jo
 from cpm_cluster.specs.compose import load_job
 from cpm_cluster.training.data.batches import TrainingData
 from cpm_cluster.training.data.corpus import PYTHON_REFERENCE, read_rows
+from cpm_cluster.training.data.token_index import Ranks
 from cpm_cluster.training.data.tokenizer import Tokenizer, load_tokenizer
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings
@@ -76,7 +77,8 @@ def batch_rate(data: TrainingData, seconds: float) -> float:
 
 def open_data(settings: Settings, tokenizer: Tokenizer) -> TrainingData:
     """Open the training data of a run of one rank."""
-    return TrainingData(settings, ALONE, tokenizer, lambda value: [value], lambda done, total: None, lambda line: None)
+    ranks = Ranks(ALONE, lambda value: [value], lambda done, total: None, lambda: False)
+    return TrainingData(settings, tokenizer, ranks, lambda line: None)
 
 
 def write_text(path: Path, megabytes: float) -> Path:

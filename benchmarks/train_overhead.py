@@ -37,6 +37,7 @@ from cpm_cluster.specs.catalogue import packaged_configs
 from cpm_cluster.training.attempt import Attempt, open_tokenizer
 from cpm_cluster.training.data.batches import TrainingData
 from cpm_cluster.training.data.packing import IGNORED, Batch
+from cpm_cluster.training.data.token_index import Ranks
 from cpm_cluster.training.engines import open_engine
 from cpm_cluster.training.engines.initial_weights import fill
 from cpm_cluster.training.engines.torch_engine import adamw
@@ -80,6 +81,7 @@ SETTINGS: dict[str, Any] = {
     "init_from": None,
     "tokenizer": str(packaged_configs() / "tokenizers" / "python-reference.txt"),
     "method": {"kind": "full"},
+    "adapter": None,
     "data": {"train": CORPUS, "eval": [], "format": "jsonl", "trust_pickle": False},
     "training": {
         "seq_len": 256,
@@ -175,7 +177,8 @@ def loop_figures(work: Path, pairs: int, steps: int) -> dict[str, Any]:
     """Both loops, block by block; and what the data side gives when nobody computes."""
     settings = settings_in(work / "loop")
     ours = OurLoop(settings)
-    data = TrainingData(settings, ALONE, open_tokenizer(settings), ours.run.engine.all_gather, lambda *_: None, print)
+    ranks = Ranks(ALONE, ours.run.engine.all_gather, lambda done, total: None, lambda: False)
+    data = TrainingData(settings, open_tokenizer(settings), ranks, print)
     bare = BareLoop(settings, [data.next_batches()[0] for _ in range(pairs * steps + WARM_UP_STEPS)])
     ours.steps(WARM_UP_STEPS)
     bare.steps(WARM_UP_STEPS)
@@ -200,7 +203,7 @@ def loop_figures(work: Path, pairs: int, steps: int) -> dict[str, Any]:
             "bare_step_s": statistics.median(bare_s),
             "ratio": ratio,
             "cpu_ratio": cpu_ratio,
-            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+            "ratio_quartiles": statistics.quantiles(ratios, n=4)[::2] if pairs > 1 else [ratio, ratio],
             "last_losses_differ_by": agreed,
             "wanted": {"ratio": MOST_RATIO},
             "as_wanted": ratio <= MOST_RATIO,
@@ -295,6 +298,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="steps in a block (10)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
+    if min(options.pairs, options.steps) < 1:
+        parser.error("--pairs and --steps take 1 or more")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         figures = all_figures(Path(work), options.pairs, options.steps)

@@ -12,7 +12,9 @@ import platform
 import py_compile
 import sys
 
+import safetensors.torch  # noqa: F401
 import tensorboardX  # noqa: F401
+import tokenizers  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.distributed.run
@@ -57,5 +59,6 @@ def compile_loaded():
 
 train_a_step()
 compile_loaded()
-versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tensorboardX", "pytrie")}
+packages = ("torch", "numpy", "tensorboardX", "pytrie", "safetensors", "tokenizers")
+versions = {name: importlib.metadata.version(name) for name in packages}
 print(json.dumps({"python": platform.python_version(), "cuda": torch.version.cuda, **versions}))

@@ -8,7 +8,7 @@ import os
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator
 
 from cpm_cluster.agent.surroundings import NodeError
 from cpm_cluster.launch.plan import Archive, LaunchPlan, NodeFacts
@@ -82,14 +82,15 @@ def sweep_orphans(plan: LaunchPlan, node: NodeFacts, events: Path) -> None:
     listed = _run([client, "ps", "--all", "--quiet", "--filter", "label=cpm.job"])
     for container_id in listed.stdout.decode("utf-8", "replace").split():
         labels = (_inspected(client, container_id).get("Config") or {}).get("Labels") or {}
-        is_here = labels.get("cpm.node") == node.name and _is_dead(labels, node)
+        job, attempt = labels.get("cpm.job", ""), labels.get("cpm.attempt", "")
+        is_here = labels.get("cpm.node") == node.name and is_dead(job, attempt, node)
         if plan.runtime == "docker-rootless" or is_here:
             _remove(client, container_id)
-            append_event(events, "orphan", attempt=node.attempt, id=container_id, job=labels.get("cpm.job"))
+            append_event(events, "orphan", attempt=node.attempt, id=container_id, job=job)
 
 
-def _is_dead(labels: Mapping[str, str], node: NodeFacts) -> bool:
-    job, attempt = labels.get("cpm.job", ""), labels.get("cpm.attempt", "")
+def is_dead(job: str, attempt: str, node: NodeFacts) -> bool:
+    """Whether an attempt of a job has ended, as this node's job sees it; what is no number is nobody's."""
     if job == node.job_id:
         return attempt.isdigit() and int(attempt) < node.attempt
     return job.isdigit() and not _job_is_alive(job)

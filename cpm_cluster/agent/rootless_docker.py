@@ -4,7 +4,8 @@ Daemon and containers have a process namespace of their own, so that they cannot
 SIGKILL: in control groups of version 1 runc gives a container a group below the step's, of which Slurm knows nothing.
 
 Two jobs of one user on a node cannot break each other: each has its runtime folder, and takes a data root that no other
-daemon holds. Data roots stay for the next job, so that an image is loaded once.
+daemon holds. Data roots stay for the next job, so that an image is loaded once. A runtime folder that an agent left,
+killed together with its guard, is removed by the next.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import IO
 
 from cpm_cluster.agent import process_tree
+from cpm_cluster.agent.containers import is_dead
 from cpm_cluster.agent.surroundings import NodeError
 from cpm_cluster.launch.plan import LaunchPlan, NodeFacts
 
 # Sockets may be 108 bytes long (unix(7)); tmpfs, since a network file system has no sockets.
 RUNTIME_FOLDERS = (Path("/dev/shm"), Path("/tmp"))
+RUNTIME_FOLDER = "cpm-{uid}-{job}.{attempt}-{index}"
 # In the runtime folder, a link to the data root.
 DATA_ROOT = "data-root"
 DEFAULT_DATA_ROOT = "/var/tmp/cpm-docker-{uid}"
@@ -58,6 +61,7 @@ class RootlessDocker:
         Raises:
             NodeError: it does not come up in a minute, is not rootless, or there is no docker to ask it with.
         """
+        _sweep(self._node)
         self._lock, data_root = _take_data_root(plan, self._node)
         self._start(data_root)
 
@@ -86,7 +90,7 @@ class RootlessDocker:
         raise NodeError(f"its Docker daemon ended while the container ran ({self._log})", [self._node.name])
 
     def _start(self, data_root: Path) -> None:
-        self._remove_folder()
+        _remove(self.folder)
         self.folder.mkdir(mode=0o700)
         (self.folder / DATA_ROOT).symlink_to(str(data_root))
         folders = ["--data-root", str(data_root), "--exec-root", f"{self.folder}/x"]
@@ -107,17 +111,10 @@ class RootlessDocker:
     def stop(self) -> bool:
         """End the daemon and remove its runtime folder; whether nothing is left of it."""
         ended = self._process is None or _end(self._process)
-        self._remove_folder()
+        _remove(self.folder)
         if self._lock is not None:
             self._lock.close()
         return ended and not self.folder.exists()
-
-    def _remove_folder(self) -> None:
-        """Some of it belongs to the user's subordinate ids: only a user namespace can remove that."""
-        if self.folder.exists() and shutil.which("rootlesskit"):
-            argv = ["rootlesskit", "rm", "-rf", str(self.folder)]
-            subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        shutil.rmtree(str(self.folder), ignore_errors=True)
 
     def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_PATIENCE_S
@@ -165,7 +162,36 @@ def _runtime_folder(node: NodeFacts) -> Path:
     The node's number, not its name, which may be as long as a path to a socket.
     """
     base = next((folder for folder in RUNTIME_FOLDERS if os.access(str(folder), os.W_OK | os.X_OK)), Path("/tmp"))
-    return base / f"cpm-{os.getuid()}-{node.job_id}.{node.attempt}-{node.index}"
+    return base / RUNTIME_FOLDER.format(uid=os.getuid(), job=node.job_id, attempt=node.attempt, index=node.index)
+
+
+def _sweep(node: NodeFacts) -> None:
+    """Remove the runtime folders of this user's attempts that are dead and hold no data root."""
+    name = re.compile(RUNTIME_FOLDER.format(uid=os.getuid(), job=r"(\d+)", attempt=r"(\d+)", index=r"\d+"))
+    for base in RUNTIME_FOLDERS:
+        for folder in base.glob("cpm-*"):
+            found = name.fullmatch(folder.name)
+            if found and not _is_held(folder) and is_dead(found[1], found[2], node):
+                _remove(folder)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether an agent holds the data root of a runtime folder."""
+    try:
+        lock = _locked(Path(os.readlink(str(folder / DATA_ROOT))))
+    except OSError:
+        return False
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def _remove(folder: Path) -> None:
+    """Some of it belongs to the user's subordinate ids: only a user namespace can remove that."""
+    if folder.exists() and shutil.which("rootlesskit"):
+        argv = ["rootlesskit", "rm", "-rf", str(folder)]
+        subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shutil.rmtree(str(folder), ignore_errors=True)
 
 
 def data_root_base(plan: LaunchPlan) -> Path:

@@ -92,6 +92,7 @@ def _trial(job: JobSpec, model: Model, seq_len: int, micro_batch: int) -> JobSpe
         model=model,
         resources=replace(job.resources, nodes=1),
         slurm=replace(job.slurm, nodelist=job.slurm.nodelist if job.resources.nodes == 1 else None),
+        method=replace(job.method, init_from=None) if job.method else None,
         init_from=None,
         tokenizer="bytes" if model.vocab >= BYTES else job.tokenizer,
         task="finetune",

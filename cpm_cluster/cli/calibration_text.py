@@ -1,8 +1,10 @@
-"""What came of a calibration, as lines of text."""
+"""What came of a calibration, as lines of text and as data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 from cpm_cluster.calibration.from_runs import Calibrated
 from cpm_cluster.planner.calibration import Scaling
@@ -28,6 +30,38 @@ def calibration_lines(found: Calibrated) -> Iterator[str]:
     if not calibration.is_enough:
         yield "three runs or more, of different sizes, tell the terms apart: cpm calibrate JOB makes such runs"
     yield f"written to {found.path}"
+
+
+def calibration_data(found: Calibrated) -> dict[str, Any]:
+    """The same, for programs.
+
+    `calibration` says of what it is (`subject`) and from which `runs`; each of `gpu_memory`, `host_memory` and
+    `step_time` has `multipliers` by group of terms, the `residual` (a part of the prediction) and the number of `runs`,
+    or is null where nothing was measured. `enough`: whether there were runs enough to tell the terms apart. `refused`
+    are runs that were left out, and why; `path` is the file of the calibration.
+    """
+    kept = found.calibration
+    scalings = {name: _scaling_data(groups, getattr(kept, name)) for name, groups in QUANTITIES.items()}
+    return {
+        "calibration": {
+            "subject": asdict(kept.subject),
+            "modes": list(kept.modes),
+            "runs": list(kept.runs),
+            "date": kept.date,
+            "version": kept.version,
+            **scalings,
+        },
+        "enough": kept.is_enough,
+        "refused": [{"run": refusal.name, "why": refusal.why} for refusal in found.refused],
+        "path": str(found.path),
+    }
+
+
+def _scaling_data(groups: tuple[str, ...], scaling: Scaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    multipliers = dict(zip(groups, scaling.multipliers, strict=True))
+    return {"multipliers": multipliers, "residual": scaling.residual, "runs": scaling.runs}
 
 
 def _scaling_line(title: str, groups: tuple[str, ...], scaling: Scaling | None) -> str:

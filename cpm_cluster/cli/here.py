@@ -16,6 +16,8 @@ SITE_CONF = Path("/etc/slurm/slurm.conf")
 
 def job_file(job: Path) -> Path:
     """The job file; a name that no file has may be one of the jobs that ship with the package."""
+    if not job.name:  # "", "." and "/": folders
+        return job
     shipped = packaged_jobs() / job.with_suffix(".yaml").name
     return shipped if not job.exists() and len(job.parts) == 1 and shipped.is_file() else job
 
@@ -34,7 +36,12 @@ def catalogue() -> Catalogue:
 
 def config_home() -> Path:
     """Where people keep their settings (XDG Base Directory Specification)."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    if named := os.environ.get("XDG_CONFIG_HOME"):
+        return Path(named)
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise OSError("HOME is not set, and this user has no account that says where it is; set HOME")
+    return Path(home, ".config")
 
 
 def calibrations() -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -82,7 +84,6 @@ def submit_main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(command: click.Command, arguments: Sequence[str] | None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments) or (["--help"] if command is cli else [])
-    stdout = sys.stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 has no bar for the loss curve
@@ -95,8 +96,8 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> None:
     except KeyboardInterrupt:
         code = exit_codes.INTERRUPTED
     except SystemExit as error:
-        # when the reader (head, less) has gone, click replaces stdout and ends with 1; it is no failure of ours
-        code = error.code if sys.stdout is stdout else exit_codes.OK
+        # when the reader (head, less) has gone, click and rich end with 1; it is no failure of ours
+        code = exit_codes.OK if isinstance(error.__context__, BrokenPipeError) else error.code
     except Exception as error:  # noqa: BLE001 - the one place that turns any failure into a sentence and a code
         code = _report(error, "--json" in words)
     sys.exit(code if isinstance(code, int) else exit_codes.OK)
@@ -109,7 +110,7 @@ def _report_usage(error: click.ClickException, as_json: bool) -> int:
         _echo_json(error.format_message())
     else:
         hint = f"\n  {context.command_path} --help shows what there is" if context else ""
-        click.echo(f"error: {error.format_message()}{hint}", err=True)
+        _echo_error(f"error: {error.format_message()}{hint}")
     return exit_codes.BAD_INPUT
 
 
@@ -121,17 +122,29 @@ def _report(error: Exception, as_json: bool) -> int:
             if as_json:
                 _echo_json(text, **details(error))
             else:
-                click.echo(f"error: {text}" if "\n" not in text else text, err=True)
+                _echo_error(f"error: {text}" if "\n" not in text else text)
             return code
     return _report_defect(error)
 
 
 def _echo_json(text: str, **details: Any) -> None:
-    click.echo(json.dumps({"error": text, **details}, ensure_ascii=False, indent=1))
+    try:
+        click.echo(json.dumps({"error": text, **details}, ensure_ascii=False, indent=1))
+    except OSError:  # it may be why there is an error at all
+        _echo_error(f"error: {text}")
+
+
+def _echo_error(text: str) -> None:
+    from cpm_cluster.specs.problems import printable
+
+    with suppress(OSError):  # the exit code tells as well
+        click.echo("\n".join(map(printable, text.splitlines())), err=True)
 
 
 def _os_error(error: OSError) -> str:
     """`path: No space left on device`, not `[Errno 28] …`."""
+    if error.errno == errno.ENOENT and not error.filename:  # so says getcwd(3)
+        return "the folder that you are in has been removed; cd to one that is there"
     return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
 
 
@@ -140,10 +153,12 @@ def _report_defect(error: Exception) -> int:
     import tempfile
     import traceback
 
-    descriptor, path = tempfile.mkstemp(prefix="cpm-defect-", suffix=".txt")
-    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-        traceback.print_exception(error, file=file)
-    click.echo(f"error: this is a defect of cpm-cluster ({type(error).__name__}); please report {path}", err=True)
+    place = "this, for there is no folder to keep more in"
+    with suppress(OSError):
+        descriptor, place = tempfile.mkstemp(prefix="cpm-defect-", suffix=".txt")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+    _echo_error(f"error: this is a defect of cpm-cluster ({type(error).__name__}); please report {place}")
     return exit_codes.FAILED
 
 

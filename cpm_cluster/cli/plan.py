@@ -77,12 +77,14 @@ def command(
 ) -> int:
     """Say what the job file JOB needs beside what there is; nothing is submitted."""
     if calibrating:
+        if as_json and str(as_json) != "-" and as_json.suffix != ".json":
+            words, as_json = (str(as_json), *words), Path("-")  # --json RUN
         if overrides or suggesting or evaluate or not words:
             raise click.UsageError(
                 "--calibrate takes the names of finished runs, and nothing else; cpm runs lists them, and"
                 " cpm calibrate JOB makes some"
             )
-        return _calibrate(words, runs_dir)
+        return _calibrate(words, runs_dir, as_json)
     if len(words) > 1:
         raise click.UsageError("name one job file")
     job = Path(words[0]) if words else None
@@ -137,9 +139,9 @@ def _suggest(spec: JobSpec, gpus: int | None, objective: Objective, as_json: Pat
     return exit_codes.OK if found.options else exit_codes.DOES_NOT_FIT
 
 
-def _calibrate(names: tuple[str, ...], runs_dir: Path) -> int:
+def _calibrate(names: tuple[str, ...], runs_dir: Path, as_json: Path | None) -> int:
     from cpm_cluster.calibration.from_runs import calibrate_runs
-    from cpm_cluster.cli.calibration_text import calibration_lines
+    from cpm_cluster.cli.calibration_text import calibration_data, calibration_lines
     from cpm_cluster.planner.calibrate import CalibrationError
     from cpm_cluster.runs.run import find_run
 
@@ -147,7 +149,10 @@ def _calibrate(names: tuple[str, ...], runs_dir: Path) -> int:
         found = calibrate_runs((find_run(runs_dir, name) for name in names), here.calibrations())
     except CalibrationError as error:
         raise click.UsageError(str(error)) from None
-    click.echo("\n".join(calibration_lines(found)))
+    if as_json:
+        _write(calibration_data(found), as_json)
+    else:
+        click.echo("\n".join(calibration_lines(found)))
     return exit_codes.OK
 
 

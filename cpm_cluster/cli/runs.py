@@ -12,7 +12,7 @@ import click
 from cpm_cluster.cli import exit_codes, options
 from cpm_cluster.cli.progress_line import progress_line
 from cpm_cluster.monitoring.run_state import Look, as_data, current_state, settle
-from cpm_cluster.runs.run import Run, all_runs
+from cpm_cluster.runs.run import Run, RunError, all_runs, run_folders
 from cpm_cluster.runs.state import State
 from cpm_cluster.schedulers import SchedulerError
 
@@ -37,15 +37,21 @@ def command(limit: int, runs_dir: Path, as_json: bool) -> int:
     for run, state in rows:
         click.echo(f"{run.id:<{width}}  {_described(run, state)}".rstrip())
     if not rows:
-        click.echo(f"no runs in {runs_dir}; cpm-submit JOB makes one, --runs-dir looks elsewhere", err=True)
+        click.echo(_nothing_in(runs_dir), err=True)
     return exit_codes.OK
 
 
+def _nothing_in(runs_dir: Path) -> str:
+    if unread := run_folders(runs_dir):
+        return f"none of the {len(unread)} runs in {runs_dir} can be read; cpm status {unread[0].name} says why"
+    return f"no runs in {runs_dir}; cpm-submit JOB makes one, --runs-dir looks elsewhere"
+
+
 def _state(run: Run, look: Look) -> State | str:
-    """One run that only another machine knows about must not hide the others: its state is why it is not known."""
+    """A run that only another machine knows about, or a damaged one, must not hide the others: its state says why."""
     try:
         return current_state(run, look)
-    except SchedulerError as error:
+    except (RunError, SchedulerError) as error:
         return str(error)
 
 

@@ -48,7 +48,12 @@ def command() -> None:
     """
 
 
-@command.command("up", context_settings=CONTEXT)
+@command.command(
+    "up",
+    epilog="\b\nExamples:\n  sudo cpm sandbox up --install             with Debian's packages\n"
+    "  sudo cpm sandbox up --without-containers  Slurm alone, in seconds",
+    context_settings=CONTEXT,
+)
 @click.option("--install", is_flag=True, help="Install missing packages with apt-get.")
 @click.option("--without-containers", is_flag=True, help="Slurm alone: no dockerd, no image.")
 @root
@@ -61,7 +66,12 @@ def up(state: Sandbox, install: bool, without_containers: bool) -> int:
     return exit_codes.OK
 
 
-@command.command("down", context_settings=CONTEXT)
+@command.command(
+    "down",
+    epilog="\b\nExamples:\n  sudo cpm sandbox down               remove it\n"
+    "  sudo cpm sandbox down --keep-files  `up` goes on with its runs and its image",
+    context_settings=CONTEXT,
+)
 @click.option("--keep-files", is_flag=True, help="Keep the folder: runs, accounting, image; `up` goes on with them.")
 @click.option("--purge", is_flag=True, help="Remove the user account cpm-sandbox, too.")
 @root
@@ -76,7 +86,12 @@ def down(state: Sandbox, keep_files: bool, purge: bool) -> int:
     return exit_codes.OK
 
 
-@command.command("status", context_settings=CONTEXT)
+@command.command(
+    "status",
+    epilog="\b\nExamples:\n  cpm sandbox status         daemons, nodes, partitions\n"
+    "  cpm sandbox status --json  the same for programs",
+    context_settings=CONTEXT,
+)
 @root
 @options.as_json
 def status(state: Sandbox, as_json: bool) -> int:

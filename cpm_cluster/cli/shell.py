@@ -44,6 +44,8 @@ def command(
     """
     from cpm_cluster.runs.run import new_run_id
 
+    if not profile:  # what an unset variable of a script comes to
+        raise click.UsageError("the name of the profile is empty; configs/profiles has some, a job file does as well")
     asked = {"--cluster": cluster, "--image": image, "--time": time}
     given = {option: text for option, text in asked.items() if text is not None}
     catalogue = here.catalogue()

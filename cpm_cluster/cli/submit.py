@@ -77,18 +77,23 @@ def command(
         return _explain(prepared, explain, as_json)
     if dry_run:
         return _show(prepared, as_json)
-    if not _may_go(prepared, force):
+    if not _may_go(prepared, force, as_json):
         return exit_codes.DOES_NOT_FIT
     return _export(prepared, job, export, as_json) if export else _submit(prepared, job, detach, as_json)
 
 
-def _may_go(prepared: Prepared, force: bool) -> bool:
+def _may_go(prepared: Prepared, force: bool, as_json: bool) -> bool:
     """Say what the planner found, and whether the job is submitted."""
     from cpm_cluster.cli.fit_text import headline, refusal
 
     fit = prepared.fit
     if fit.does_not_fit and not force:
-        click.echo(f"error: {refusal(fit)}", err=True)
+        if as_json:
+            from cpm_cluster.cli.dry_run import fit_data
+
+            click.echo(json.dumps({"error": refusal(fit), **fit_data(fit)}, indent=1, ensure_ascii=False))
+        else:
+            click.echo(f"error: {refusal(fit)}", err=True)
         return False
     forced = [f"submitted nevertheless (--force): {text}" for text in fit.shortages()]
     for warning in (*prepared.plan.warnings, *forced, *(f"tight: {text}" for text in fit.shortages("tight"))):

@@ -8,9 +8,11 @@ from pathlib import PurePosixPath
 from cpm_cluster.launch.origins import set_by
 from cpm_cluster.launch.plan import Archive, Container, Mount
 from cpm_cluster.planner.shared_memory import shared_memory
-from cpm_cluster.specs.checks import HIDDEN_BY_MOUNTS, ROOTLESS_HOST_NETWORK_SINCE, version_tuple
+from cpm_cluster.specs.checks.container import HIDDEN_BY_MOUNTS
+from cpm_cluster.specs.checks.runtime import ROOTLESS_HOST_NETWORK_SINCE
 from cpm_cluster.specs.image import Image
 from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.specs.values import version_tuple
 
 _OF_THE_IMAGE = HIDDEN_BY_MOUNTS | {"/home", "/root", "/tmp"}
 
@@ -68,7 +70,17 @@ def _places_read(spec: JobSpec) -> list[PurePosixPath]:
     prompts = [spec.generation.prompts] if spec.generation else []
     files = [*sources, *spec.evaluation.choices, *prompts, *filter(None, [spec.init_from]), spec.tokenizer]
     paths = [_to_first_wildcard(PurePosixPath(file)) for file in files if file.startswith("/")]
-    return sorted({path if str(path.parent) in _OF_THE_IMAGE else path.parent for path in paths})
+    folders = {path if str(path.parent) in _OF_THE_IMAGE else path.parent for path in paths}
+    adapter = spec.method.init_from if spec.method else None
+    return sorted(folders | ({_place_of_adapter(PurePosixPath(adapter))} if adapter else set()))
+
+
+def _place_of_adapter(path: PurePosixPath) -> PurePosixPath:
+    """The folder that is an adapter, or has it; of a run the whole: its trainer.json knows alpha."""
+    if path.suffix not in (".pt", ".safetensors"):
+        return path
+    folder = path.parent.parent if path.parts[-2:] == ("weights", "delta.pt") else path.parent
+    return path if str(folder) in _OF_THE_IMAGE else folder
 
 
 def _to_first_wildcard(path: PurePosixPath) -> PurePosixPath:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from cpm_cluster.launch.origins import set_by
 from cpm_cluster.launch.plan import Setting
 from cpm_cluster.launch.slurm_options import cpus_per_node
-from cpm_cluster.specs.checks import version_tuple
 from cpm_cluster.specs.job import JobSpec
 from cpm_cluster.specs.nccl import TORCH_NAMES_SINCE
+from cpm_cluster.specs.values import version_tuple
 
 
 def environment(spec: JobSpec, package_dir: str) -> tuple[Setting, ...]:

@@ -102,7 +102,7 @@ def _shrunk(spec: JobSpec) -> JobSpec:
 
 
 def _method(method: Lora | None) -> Lora | None:
-    return None if method is None else replace(method, rank=min(method.rank, 4), alpha=8.0, dropout=0.0)
+    return None if method is None else replace(method, rank=min(method.rank, 4), alpha=8.0, dropout=0.0, init_from=None)
 
 
 def _training(training: Training, ranks: int) -> Training:

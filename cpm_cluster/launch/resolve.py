@@ -13,7 +13,7 @@ from cpm_cluster.launch.runtimes import pyxis
 from cpm_cluster.launch.runtimes.docker import workdir_setting
 from cpm_cluster.launch.slurm_options import batch_options, cpus_per_node, interactive_options, step_options
 from cpm_cluster.launch.trainer import trainer_settings
-from cpm_cluster.specs.checks import CONTAINER_RUNTIMES, runtime_obstacle
+from cpm_cluster.specs.checks.runtime import CONTAINER_RUNTIMES, runtime_obstacle
 from cpm_cluster.specs.job import JobSpec
 
 TRAINING_PACKAGE = "cpm_cluster.training"  # a program for each task
@@ -72,7 +72,7 @@ def resolve(spec: JobSpec, run_id: str, run_dir: str, submitter: Submitter) -> L
 
 
 def chosen_runtime(spec: JobSpec) -> str:
-    """The job's runtime, or the first of the cluster's that this job can use; specs/checks.py saw that there is one."""
+    """The job's runtime, or the first of the cluster's that this job can use; checks saw that there is one."""
     return spec.runtime or next(name for name in spec.cluster.runtimes if runtime_obstacle(spec, name) is None)
 
 

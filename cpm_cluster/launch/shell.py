@@ -11,7 +11,8 @@ from cpm_cluster.launch.plan import LaunchPlan, Program, options
 from cpm_cluster.launch.resolve import Submitter, resolve
 from cpm_cluster.launch.sbatch import agent_argv, load_modules
 from cpm_cluster.specs.catalogue import Catalogue
-from cpm_cluster.specs.checks import CONTAINER_RUNTIMES, HIDDEN_BY_MOUNTS
+from cpm_cluster.specs.checks.container import HIDDEN_BY_MOUNTS
+from cpm_cluster.specs.checks.runtime import CONTAINER_RUNTIMES
 from cpm_cluster.specs.compose import compose_job, layered, parse_override
 from cpm_cluster.specs.job import JobSpec
 from cpm_cluster.specs.nodes import MapNode, Node, ScalarNode, parse_yaml, read_yaml

@@ -7,7 +7,7 @@ from typing import Any
 
 from cpm_cluster.planner.flops import model_flops
 from cpm_cluster.planner.job_setup import job_setup
-from cpm_cluster.specs.job import Data, JobSpec
+from cpm_cluster.specs.job import Data, JobSpec, Lora
 from cpm_cluster.specs.model import Model
 
 
@@ -26,7 +26,8 @@ def trainer_settings(spec: JobSpec, run_dir: str) -> dict[str, Any] | None:
         "model": _model(spec.model, spec.model_name or spec.name),
         "init_from": spec.init_from,
         "tokenizer": spec.tokenizer,
-        "method": {"kind": "lora", **asdict(spec.method)} if spec.method else {"kind": "full"},
+        "method": _method(spec.method),
+        "adapter": spec.method.init_from if spec.method else None,
         "data": asdict(spec.data or Data()),
         "training": asdict(spec.training),
         "evaluation": asdict(spec.evaluation),
@@ -35,6 +36,13 @@ def trainer_settings(spec: JobSpec, run_dir: str) -> dict[str, Any] | None:
         "work": _work(spec),
     }
     return {key: _as_in_json(value) for key, value in settings.items()}
+
+
+def _method(method: Lora | None) -> dict[str, Any]:
+    """How it is tuned, whatever it begins with."""
+    if method is None:
+        return {"kind": "full"}
+    return {"kind": "lora"} | {key: value for key, value in asdict(method).items() if key != "init_from"}
 
 
 def _model(model: Model, name: str) -> dict[str, Any]:

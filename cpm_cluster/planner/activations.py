@@ -41,12 +41,13 @@ class Activations:
 def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activations:
     tokens = _tokens(setup)
     if setup.mode == "infer":
-        return Activations(_key_value_cache(setup), (), (), (*_logits(setup, constants), *_dequantised_prompt(setup)))
+        cache = _key_value_cache(setup, stage)
+        return Activations(cache, (), (), (*_logits(setup, constants), *_dequantised_prompt(setup)))
     block = block_bytes_per_token(setup, constants) * tokens
     source = KORTHIKANTI if setup.engine == "megatron" else "counted by tensor; " + FITTED
     head = (*_logits(setup, constants), *_dequantised_head(setup)) if stage.has_head else ()
-    wide = stream_bytes(setup)
-    sent = wide * tokens * setup.shape.hidden * stage.blocks * stage.micro_batches
+    wide, blocks = stream_bytes(setup), stage.blocks * _trained_share_of_blocks(setup)
+    sent = wide * tokens * setup.shape.hidden * blocks * stage.micro_batches
     if setup.sequence_parallel:
         sent /= setup.tp
     inputs = part("inputs of the blocks", f"{wide}Th × blocks × micro batches", sent, KORTHIKANTI)
@@ -55,14 +56,15 @@ def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activ
     if setup.recompute == "full":
         return Activations((inputs,), one, one, head)
     if setup.recompute == "selective" and setup.engine != "megatron":
-        size = _matrix_outputs_per_token(setup) * tokens * stage.blocks
+        size = _matrix_outputs_per_token(setup) * tokens * blocks
         products = part(
             "every second matrix product", "T × outputs / 2", size, "torchtitan/distributed/activation_checkpoint.py"
         )
         return Activations((inputs, products), one, one, head)
-    size = block * stage.blocks * stage.micro_batches * _trained_share_of_blocks(setup)
+    size = block * blocks * stage.micro_batches
     saved = part("activations", "T × saved by a block × blocks", size, source)
-    return Activations((saved,), one, unpacked, head)
+    again = _scores_again(setup, tokens)
+    return Activations((saved,), (*one, *again), (*unpacked, *again), head)
 
 
 def stream_bytes(setup: Setup) -> int:
@@ -101,9 +103,14 @@ def block_bytes_per_token(setup: Setup, constants: MemoryConstants) -> float:
 
 
 def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
-    """Tensor by tensor, as plain torch code saves them; frozen linear layers don't keep their inputs."""
-    shape, w = setup.shape, stream_bytes(setup)
-    h, f, attention = shape.hidden, shape.ffn, shape.attention_width + shape.kv_width
+    """Tensor by tensor, as plain torch code saves them; frozen linear layers don't keep their inputs.
+
+    Tensor-parallel ranks divide what lies between the two matrices of attention and of the FFN; what is as wide as the
+    model is whole on each of them (Shoeybi et al. 2019), and divided too where they are sequence parallel.
+    """
+    shape, w, t = setup.shape, stream_bytes(setup), setup.tp
+    h = shape.hidden / t if setup.sequence_parallel else shape.hidden
+    f, attention = shape.ffn / t, shape.attention_width / t + setup.kv_width
     upcasts = shape.gated_mlp or (setup.engine == "none" and setup.precision in ("fp16", "bf16"))
     saved = 2.0 * (4 if upcasts else w) * h  # inputs of both norms: RMSNorm, and LayerNorm under autocast, in fp32
     saved += 2 * w * attention  # q, k, v and the output of attention
@@ -112,9 +119,9 @@ def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
         saved += 2 * w * f  # NewGELUActivation is written out in Python
     linear_inputs = w * (2 * h + f)
     if setup.trains_adapters:
-        shapes = shape.adapter_shapes
+        inputs = {"o": shape.attention_width / t, "down": f}
         saved += sum(
-            (w + 1) * shapes[name][0] for name in setup.lora_targets if name in shapes
+            (w + 1) * inputs.get(name, h) for name in setup.lora_targets if name in shape.adapter_shapes
         )  # dropped, and the mask
         if setup.quantised:
             saved += constants.quantised_inputs * linear_inputs
@@ -132,7 +139,17 @@ def _scores_per_token(setup: Setup) -> float:
 
     Not fp32 under autocast: with that the runs of measured_runs.csv on full cards would not have been possible.
     """
-    return 0.0 if setup.flash_attention else (2 * weight_bytes(setup) + 1) * setup.shape.heads * setup.seq_len
+    if setup.flash_attention:
+        return 0.0
+    return (2 * weight_bytes(setup) + 1) * setup.shape.heads * setup.seq_len / setup.tp
+
+
+def _scores_again(setup: Setup, tokens: int) -> tuple[Component, ...]:
+    """Of one block: with selective recomputation its backward pass makes them again (Korthikanti et al. 2022)."""
+    if setup.engine != "megatron" or setup.recompute != "selective" or setup.flash_attention:
+        return ()
+    size = 5 * setup.shape.heads * setup.seq_len * tokens / setup.tp
+    return (part("scores of one block", "5asT/t", size, KORTHIKANTI),)
 
 
 def _megatron_block(setup: Setup) -> float:
@@ -244,11 +261,13 @@ def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: Memor
     """Bytes that logits may take on top, by the model's code.
 
     In training older code of Llama's and GLM's kind may make half logits fp32, too, and a program's own loss may shift
-    fp32 ones, which is a copy; in inference some code computes the logits of a whole prompt, in half and fp32.
+    fp32 ones, which is a copy; in inference some code computes the logits of a whole prompt, in half and fp32, and all
+    code that does not cut it into pieces one block of it.
     """
     if setup.mode == "infer":
         one = transformers_version(setup) >= KEEPS_ONE_LOGIT
-        return 0 if one else round(6 * setup.tokens * setup.shape.vocab / setup.tp)
+        logits = 0.0 if one else 6 * setup.tokens * setup.shape.vocab / setup.tp
+        return round(logits + _prompt_bytes(setup))
     if shifts_labels(setup) and widens_embeddings(setup):
         return 4 * sum(c.bytes for c in passing if c.name == "logits") // round(stream_bytes(setup) + LOGITS_ONCE)
     upcasts = setup.shape.gated_mlp or setup.shape.kind == "glm"
@@ -260,10 +279,27 @@ def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: Memor
     return round(logits * (constants.logits_upcast / constants.logits_half - 1))
 
 
+def _prompt_bytes(setup: Setup) -> float:
+    """One block for all tokens of a prompt: its input, norm and output, q, k and v, the FFN's branches.
+
+    Without flash attention the scores of all heads instead, and their softmax in fp32.
+    """
+    shape, w, t = setup.shape, weight_bytes(setup), setup.tp
+    attention = shape.attention_width / t + 2 * setup.kv_width
+    wide = (3 if shape.gated_mlp else 2) * shape.ffn / t
+    block = w * (3 * shape.hidden + max(attention, wide))
+    scores = 0.0 if setup.flash_attention else (w + 4) * shape.heads * setup.seq_len / t
+    return setup.tokens * max(block, w * shape.hidden + scores)
+
+
 def _compiles_its_loss(setup: Setup) -> bool:
     return setup.compiled and setup.engine_version.startswith("torchtitan 2025")
 
 
-def _key_value_cache(setup: Setup) -> tuple[Component, ...]:
-    size = 2 * 2 * setup.shape.layers * setup.shape.kv_width * setup.tokens / (setup.tp * setup.pp)
-    return (part("key/value cache", "4T × layers × key width", size, "one key and one value in half"),)
+def _key_value_cache(setup: Setup, stage: Stage) -> tuple[Component, ...]:
+    """Of the blocks of a stage. An encoder generates nothing, and keeps none."""
+    if setup.shape.kind == "bert":
+        return ()
+    each = 2 * weight_bytes(setup)
+    size = each * stage.blocks * setup.kv_width * setup.tokens
+    return (part("key/value cache", f"{each}T × layers × key width", size, "one key and one value"),)

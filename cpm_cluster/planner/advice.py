@@ -111,7 +111,7 @@ def _price(fit: Fit) -> float:
 
 
 def _effect(before: Fit, after: Fit) -> str:
-    """`GPU memory −31 GiB, +33 % time, the same price`."""
+    """`GPU memory −31 GiB, +33 % time, the same price`; for as many tokens where a run of the change has others."""
     parts = []
     for was, now in zip(before.demands, after.demands, strict=False):
         if was.resource == now.resource and was.resource in ("GPU memory", "host memory"):
@@ -121,7 +121,9 @@ def _effect(before: Fit, after: Fit) -> str:
     if before.time and after.time:
         speed = [time.step.seconds / time.step.tokens for time in (before.time, after.time)]
         parts.append(f"{_percent(speed[1] / speed[0])} time")
-        parts.append(f"{_percent(_price(after) / _price(before))} price")
+        trained = [time.step.tokens * time.steps for time in (before.time, after.time)]
+        per = "" if trained[0] == trained[1] else " for as many tokens"
+        parts.append(f"{_percent(_price(after) / _price(before))} price{per}")
     return ", ".join(parts) or "no other cost"
 
 

@@ -12,6 +12,7 @@ from cpm_cluster.planner.accelerators import Accelerator
 from cpm_cluster.planner.flops import (
     adapter_flops,
     attention_forward,
+    causal_share,
     head_forward,
     linear_forward,
     linear_parameters,
@@ -124,15 +125,21 @@ class Computation:
 
     @property
     def attention_rate(self) -> float:
-        """FLOP/s of attention: fused, or as matrix products whose scores go through memory."""
+        """FLOP/s of attention: fused, or as matrix products whose scores go through memory.
+
+        Fused kernels leave out the half that a causal mask hides, where there is one. FlashAttention 2 has none for
+        Volta, Turing or fp32, where torch's memory-efficient one is taken to be as fast as FlashAttention 1.
+        """
         c, peak = self.constants, self.gpu.peak(self.setup.precision)
         aligned = self.setup.shape.size_of_head % 8 == 0
-        penalty = 1 if aligned else c.unaligned_heads
+        penalty: float = 1 if aligned else c.unaligned_heads
         if not self.setup.flash_attention:
             return self._head_rate / penalty
+        penalty *= 2 - causal_share(self.setup.shape)
         if self.gpu.generation == "hopper":
             return peak * (c.cudnn_hopper if self.style == "fused" else c.flash_hopper) / penalty
         first = self.style == "torch" and self.setup.engine != "bmtrain"
+        first = first or self.gpu.generation == "volta" or self.setup.precision == "fp32"
         return peak * (c.flash_ampere if first else c.flash2_ampere) / penalty
 
     @property

@@ -77,6 +77,11 @@ def attention_forward(shape: Shape, seq_len: int) -> float:
     return 4.0 * shape.layers * seq_len * shape.attention_width
 
 
+def causal_share(shape: Shape) -> float:
+    """Of all attention, what a causal mask halves: an encoder sees all of its sample, GLM all of its prompt."""
+    return {"decoder": 1.0, "t5": 0.5}.get(shape.kind, 0.0)
+
+
 def head_forward(shape: Shape) -> float:
     """FLOPs per token of the output head, forward."""
     return 2.0 * shape.embedding_parameters

@@ -140,7 +140,7 @@ def _timeline(setup: Setup, states: States, kept: Activations, cache: bool) -> I
     if states.staging:
         yield STAGING, states.staging, ()
     if setup.mode == "infer":
-        yield "decoding", states.at_rest, (*kept.kept, *kept.head)
+        yield "decoding", states.at_rest, (*states.computing, *kept.kept, *kept.head)
         return
     # Flat buffers of the step are as large as a state: the cache has no free piece of that size, and keeps them.
     flat = states.flat_in_step if cache else ()
@@ -164,11 +164,11 @@ def _timeline(setup: Setup, states: States, kept: Activations, cache: bool) -> I
 def _outside_the_allocator(setup: Setup, constants: MemoryConstants) -> Parts:
     if setup.metric in ("allocated", "reserved"):
         return ()
-    parts = [part("CUDA context", "constant", constants.context * MIB, FITTED)]
+    parts = [part("CUDA context", f"{constants.context:g} MiB", constants.context * MIB, FITTED)]
     groups = _communicators(setup)
     if groups:
         each = constants.communicator_across_nodes if setup.nodes > 1 else constants.communicator
-        parts.append(part("NCCL", f"{groups} communicators", groups * each * MIB, FITTED))
+        parts.append(part("NCCL", f"{groups} × {each:g} MiB", groups * each * MIB, FITTED))
     return tuple(parts)
 
 

@@ -138,7 +138,7 @@ def _loaded_bytes(setup: Setup) -> float:
 
 def _offloaded(setup: Setup) -> list[Component]:
     """By one rank."""
-    if not (setup.offload_optimizer or setup.offload_param):
+    if not (setup.offload_optimizer or setup.offload_param) or (setup.engine == "deepspeed" and not setup.zero_stage):
         return []
     if setup.engine == "fsdp":
         return _fsdp_offloaded(setup)
@@ -158,12 +158,13 @@ def _bmtrain_offloaded(setup: Setup) -> list[Component]:
 def _fsdp_offloaded(setup: Setup) -> list[Component]:
     """Each unit's shard is pinned, and a gradient of its size, trained or not, whatever the job says of pinning."""
     width = _fsdp_width(setup)
-    trained = setup.trained_parameters / setup.shards
+    trained = setup.trained_parameters / _ranks_that_divide(setup)
     parts = []
     if setup.offload_param:
         pinned_shards = sum(count * power_of_two(size) for count, size in _fsdp_units(setup))
         parts.append(part("weights", "p2(part of each block)", pinned_shards, FSDP_PINS))
-        parts.append(part("gradients", "p2(part of each block)", pinned_shards, FSDP_PINS))
+        if setup.mode != "infer":
+            parts.append(part("gradients", "p2(part of each block)", pinned_shards, FSDP_PINS))
     each = moment_bytes(setup, width)
     parts.append(part(moments_name(setup), f"{each} × part", each * trained, ZERO_OFFLOAD))
     return parts
@@ -175,7 +176,7 @@ def _fsdp_width(setup: Setup) -> int:
 
 def _fsdp_units(setup: Setup) -> tuple[tuple[int, float], ...]:
     """(how many, bytes of one rank's shard): blocks, what is outside of them, adapters."""
-    shape, n, width = setup.shape, setup.shards, _fsdp_width(setup)
+    shape, n, width = setup.shape, _ranks_that_divide(setup), _fsdp_width(setup)
     block = QUANTISED_BYTES.get(setup.precision, width) * shape.parameters_per_layer / n
     outside = width * shape.vocabulary_matrices * shape.embedding_parameters / n
     adapters = width * setup.trained_parameters / n / shape.layers if setup.trains_adapters else 0.0
@@ -215,14 +216,19 @@ def _rounding_of_parts(setup: Setup) -> float:
     return rounded / held
 
 
+def _ranks_that_divide(setup: Setup) -> int:
+    """Data-parallel ranks, and those of a pipeline and of tensors, which hold a part of the model in any case."""
+    return setup.shards * setup.tp * setup.pp
+
+
 def _over(setup: Setup) -> str:
     return f"/{setup.shards}" if setup.shards > 1 else ""
 
 
 def _deepspeed_offloaded(setup: Setup) -> list[Component]:
-    width, share = weight_bytes(setup), setup.trained_parameters / setup.shards
+    width, share = weight_bytes(setup), setup.trained_parameters / _ranks_that_divide(setup)
     parts = []
-    if setup.offload_optimizer:
+    if setup.offload_optimizer and setup.mode != "infer":
         moments = moment_bytes(setup, 4)
         states = moments + (4 if width == 2 else 0)
         if setup.zero_stage >= 3:
@@ -236,7 +242,7 @@ def _deepspeed_offloaded(setup: Setup) -> list[Component]:
                 pool = PINNED_POOL if setup.pin_memory else 1.0
                 parts.append(part("accumulated gradients", f"{2 * pool:g} × part", 2 * pool * share, STAGE_2))
     if setup.offload_param and setup.zero_stage >= 3:
-        parts += _offloaded_weights(setup, share)
+        parts += _offloaded_weights(setup)
     return parts
 
 
@@ -266,12 +272,13 @@ def _stage_3_gradients(setup: Setup, share: float) -> list[Component]:
     ]
 
 
-def _offloaded_weights(setup: Setup, share: float) -> list[Component]:
-    if setup.trains_adapters:
+def _offloaded_weights(setup: Setup) -> list[Component]:
+    if setup.trains_adapters or setup.mode == "infer":
         width = QUANTISED_BYTES.get(setup.precision, weight_bytes(setup))
-        size = width * setup.shape.parameters / setup.shards
+        size = width * setup.shape.parameters / _ranks_that_divide(setup)
         return [part("frozen weights", f"{width:g}N" + _over(setup), pinned(setup, size), STAGE_3)]
     width = weight_bytes(setup)
+    share = setup.shape.parameters / _ranks_that_divide(setup)  # frozen ones of a reward model as well
     return [
         part("weights", f"p2({width} × part)", pinned(setup, width * share), STAGE_3),
         part("weights by tensor", f"{width} × part", width * share, "deepspeed/runtime/zero/partition_parameters.py"),

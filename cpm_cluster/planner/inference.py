@@ -1,6 +1,7 @@
 """Memory of tasks evaluate and generate: the trainer's model for reading alone (training/inference.py).
 
-Symbols: N parameters, w bytes of one, n ranks, L layers, h hidden, V vocabulary, B rows at once of s tokens.
+Symbols: N parameters, A of a LoRA adapter that is applied beside them, w bytes of one, n ranks, L layers, h hidden,
+V vocabulary, B rows at once of s tokens.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from cpm_cluster.planner.fit import Component, Demand
 from cpm_cluster.planner.model_states import part, weight_bytes
 from cpm_cluster.planner.setup import Setup
-from cpm_cluster.specs.checks import version_tuple
 from cpm_cluster.specs.job import JobSpec
+from cpm_cluster.specs.values import version_tuple
 
 GB = 10**9
 MIB = 1 << 20
@@ -48,21 +49,26 @@ def _demand(like: Demand, instant: str, components: list[Component]) -> Demand:
 def _model(spec: JobSpec, setup: Setup) -> Iterator[Component]:
     """On one rank."""
     shape, width = setup.shape, weight_bytes(setup)
-    whole = width * shape.parameters
-    if not setup.zero_stage:
-        yield part("weights", f"{width}N", whole, INFERENCE)
-    else:
-        yield part("weights", f"{width}N/{setup.shards}", whole / setup.shards, INFERENCE)
+    whole, adapter = width * shape.parameters, width * setup.adapter_parameters
+    shards = setup.shards if setup.zero_stage else 1
+    each = f"/{shards}" if setup.zero_stage else ""
+    yield part("weights", f"{width}N{each}", whole / shards, INFERENCE)
+    if adapter:
+        yield part("adapter", f"{width}A{each}", adapter / shards, INFERENCE)
+    if setup.zero_stage:
         if spec.training.zero_stage < 3:
-            yield part("gathered weights", f"{width}N", whole, "torch/distributed/fsdp, not resharded")
+            formula = f"{width}(N + A)" if adapter else f"{width}N"
+            yield part("gathered weights", formula, whole + adapter, "torch/distributed/fsdp, not resharded")
         else:
             root = width * shape.vocabulary_matrices * shape.embedding_parameters
             yield part("gathered embeddings", f"{width}Vh for each", root, "torch/distributed/fsdp, root")
             # the one that computes, the next one, and the buffer that this arrives in
-            blocks = 3 * width * shape.parameters_per_layer
+            blocks = 3 * (width * shape.parameters_per_layer + adapter / shape.layers)
             yield part("gathered blocks", f"3 × {width} × block", blocks, "torch/distributed/fsdp")
     tokens = setup.micro_batch * setup.seq_len
     inside = width * (4 * shape.hidden + 3 * shape.ffn + shape.attention_width + 2 * shape.kv_width)
+    if adapter:  # an update, and the same scaled, beside what it is added to
+        inside += 2 * width * max(shape.adapter_shapes[name][1] for name in setup.lora_targets)
     wide = 4 * (2 * shape.hidden + 3 * shape.attention_width)
     yield part("one block", "Bs × its tensors", (inside + wide) * tokens, "counted by tensor")
     if spec.generation:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from cpm_cluster.planner.setup import Engine, Kind, Recompute, Setup, Shape
-from cpm_cluster.specs.checks import version_tuple
 from cpm_cluster.specs.image import Image
 from cpm_cluster.specs.job import TRAINING_TASKS, JobSpec
 from cpm_cluster.specs.model import Model
+from cpm_cluster.specs.values import version_tuple
 from cpm_cluster.specs.workload import Workload
 
 GB = 10**9

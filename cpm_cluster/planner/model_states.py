@@ -24,6 +24,8 @@ STAGE_3 = "deepspeed/runtime/zero/stage3.py"
 BLOCKS = "bmtrain/block_layer.py"
 BLOCK_CONTEXT = "bmtrain/zero_context.py"
 FSDP_REDUCES = "torch/distributed/fsdp/_runtime_utils.py"
+BLOCKS_GATHERED = "torch/distributed/fsdp, root and prefetch; bmtrain/zero_context.py"
+FSDP_STAGE_2 = "torch/distributed/fsdp/api.py, SHARD_GRAD_OP"
 # Between the micro batches of a step transformers' trainer and accelerate reduce nothing (sync_each_batch=False).
 NO_SYNC = "accelerate, concept_guides/gradient_synchronization: no_sync"
 # Defaults of deepspeed/runtime/zero/config.py, elements.
@@ -44,6 +46,7 @@ QUANTISED_BYTES = {
     "int8": 1.0 + 2 / 128,
     "int8_gptq": 1.0 + 3 / 128,
 }
+BUCKETS_IN_STAGE_1 = (0, 12, 7)  # until then engine.py left contiguous_gradients to stage 2
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,34 @@ class States:
 
 def model_states(setup: Setup, stage: Stage) -> States:
     if setup.mode == "infer":
-        return States(tuple(_frozen(setup, stage.parameters / setup.shape.parameters)))
+        return _served(setup, stage)
     return ENGINES[setup.engine](setup, stage)
+
+
+def _served(setup: Setup, stage: Stage) -> States:
+    """Weights to read alone: whole, or sharded over n and gathered as they are used (ZeRO-Inference, FSDP, BMTrain)."""
+    share = stage.parameters / setup.shape.parameters
+    sharded = setup.zero_stage >= 3 and (setup.shards > 1 or setup.offload_param)
+    if not sharded or setup.engine not in ("deepspeed", "fsdp", "bmtrain"):
+        return States(tuple(_frozen(setup, share)))
+    on_host = setup.offload_param and setup.engine != "bmtrain"
+    at_rest = () if on_host else tuple(_frozen(setup, share, setup.shards))
+    shape, width = setup.shape, weight_bytes(setup)
+    stored = QUANTISED_BYTES.get(setup.precision, width)
+    if setup.engine == "deepspeed":
+        return States(at_rest, computing=(_live(setup, stored),))
+    blocks = part("gathered blocks", "2 × block", 2 * stored * shape.parameters_per_layer / setup.tp, BLOCKS_GATHERED)
+    vocabulary = width * shape.vocabulary_matrices * shape.embedding_parameters / setup.tp
+    embeddings = part("gathered embeddings", f"{width}Vh for each", vocabulary, BLOCKS_GATHERED)
+    return States(at_rest, computing=(blocks, embeddings))
+
+
+def _live(setup: Setup, width: float) -> Component:
+    shape = setup.shape
+    live = min(
+        shape.parameters / setup.tp, max(setup.max_live_params or MAX_LIVE, shape.parameters_per_layer / setup.tp)
+    )
+    return part("gathered weights", f"{width:g} × live", width * live, "deepspeed/runtime/zero/config.py")
 
 
 def part(name: str, formula: str, size: float, source: str) -> Component:
@@ -88,7 +117,8 @@ def _frozen(setup: Setup, share: float, ranks: int = 1) -> list[Component]:
         name = "weights" if setup.mode == "infer" else "frozen weights"
         return [part(name, f"{whole}N" + over(ranks), size, DTYPE)]
     width = QUANTISED_BYTES[setup.precision]
-    linear = shape.layers * shape.linear_parameters_per_layer
+    outside = shape.vocabulary_matrices * shape.embedding_parameters
+    linear = shape.parameters - outside - (2 * shape.layers + 1) * shape.hidden  # all but embeddings and norms
     if quantises_the_head(setup):
         linear += shape.embedding_parameters
     rest = shape.parameters - linear
@@ -174,7 +204,7 @@ def _one_process(setup: Setup, stage: Stage) -> States:
         stepping += _foreach(setup, w, count)
     casts: tuple[Component, ...] = ()
     if not pure and not adapters and setup.precision in ("fp16", "bf16"):
-        casts = (part("half copies of the weights", "2N'", 2 * stage.parameters, "torch autocast's cache"),)
+        casts = (part("half copies of the weights", "2T", 2 * trained, "torch autocast's cache, of what is trained"),)
     return States(tuple(at_rest), tuple(gradients), casts, stepping=tuple(stepping))
 
 
@@ -191,11 +221,11 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
     n, level = setup.shards, setup.zero_stage
     width, trained = weight_bytes(setup), _trained(setup, stage)
     weights_over, states_over = (n if level >= 3 else 1), (n if level >= 1 else 1)
-    on_host = setup.offload_optimizer
+    on_host = setup.offload_optimizer and level >= 1
     at_rest: list[Component] = []
     if not (setup.offload_param and level >= 3):
         if setup.trains_adapters:
-            at_rest += _frozen(setup, 1.0, weights_over)
+            at_rest += _frozen(setup, stage.parameters / setup.shape.parameters, weights_over)
         elif setup.mode == "reward":
             frozen = width * (stage.parameters - trained) / weights_over
             at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
@@ -204,7 +234,7 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
         states = (0 if width == 4 else 4) + moment_bytes(setup, 4)
         name = "Adam moments" if width == 4 else "master copy and moments"
         at_rest.append(part(name, f"{states}T" + over(states_over), states * trained / states_over, ZERO))
-    if level == 2:
+    if level == 2 or (level == 1 and (deepspeed_version(setup) or BUCKETS_IN_STAGE_1) >= BUCKETS_IN_STAGE_1):
         at_rest.append(_bucket(setup, width, trained))
     gradients = []
     if level <= 1 or not on_host:
@@ -288,14 +318,13 @@ def _gathered(setup: Setup, width: int, n: int) -> list[Component]:
     """Stage 3: weights that are gathered at once, and the largest matrix with its gradient."""
     shape = setup.shape
     largest = largest_matrix(setup)
-    live = min(shape.parameters, max(setup.max_live_params or MAX_LIVE, shape.parameters_per_layer))
     reduced = 0.0
     if setup.mode == "full":  # the gradient, flattened for the reduce-scatter, and its part in half and fp32
         reduced = (width + 2 * width / n) * largest
     if shape.tied_embeddings and setup.mode == "full":
         reduced += width * shape.embedding_parameters  # the head's gradient waits for the embedding's
     return [
-        part("gathered weights", f"{width} × live", width * live, "deepspeed/runtime/zero/config.py"),
+        _live(setup, width),
         part(
             "largest matrix",
             f"{3 * width} + {2 * width}/n",
@@ -306,33 +335,45 @@ def _gathered(setup: Setup, width: int, n: int) -> list[Component]:
 
 
 def _fsdp(setup: Setup, stage: Stage) -> States:
-    """Shards in the precision of the checkpoint (fp32, or half where that is pure); half-precision units in flight."""
+    """Shards in the precision of the checkpoint (fp32, or half where that is pure); half-precision units in flight.
+
+    Stage 2 keeps units gathered from the forward to the backward pass. Weights on the host take their gradients along.
+    """
     shape, n = setup.shape, setup.shards if setup.zero_stage else 1
     width = 2 if setup.precision.endswith("_pure") or setup.trains_adapters else 4
-    trained = _trained(setup, stage)
-    weights_over = n if setup.zero_stage >= 3 else 1
+    used = weight_bytes(setup)
+    trained, share = _trained(setup, stage), stage.parameters / shape.parameters
+    weights_over = n if setup.zero_stage >= 2 else 1
     at_rest: list[Component] = []
     if not setup.offload_param:
         if setup.trains_adapters:
-            at_rest += _frozen(setup, 1.0, weights_over)
+            at_rest += _frozen(setup, share, weights_over)
+        elif setup.mode == "reward":
+            frozen = width * (stage.parameters - trained) / weights_over
+            at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
         at_rest.append(part("trained weights", f"{width}T" + over(weights_over), width * trained / weights_over, ZERO))
     if not setup.zero_init:
         whole = 2 * stage.parameters
         at_rest.append(part("the unsharded weights", "2N", whole, "assumed: read before sharding, and kept"))
     if not setup.offload_optimizer:
         at_rest.append(_moments(setup, width, trained, n))
-    gradients = [part("gradients", f"{width}T" + over(n), width * trained / n, ZERO)]
+    gradients = []
+    if not setup.offload_param:
+        gradients.append(part("gradients", f"{width}T" + over(n), width * trained / n, ZERO))
     if setup.accumulates and not written_for_fsdp(setup):
         gradients.append(part("gradients not yet reduced", "2T", 2 * trained, NO_SYNC))
-    unit = QUANTISED_BYTES.get(setup.precision, 2) * shape.parameters_per_layer / setup.tp
-    computing = [part("gathered blocks", "2 × block", 2 * unit, "torch/distributed/fsdp, BACKWARD_PRE")]
-    if setup.zero_init:  # else they are counted with the unsharded weights
-        root = 2 * shape.vocabulary_matrices * shape.embedding_parameters / setup.tp
-        computing.append(part("gathered embeddings", "2Vh for each", root, "torch/distributed/fsdp, root"))
+    block = shape.parameters_per_layer / setup.tp
+    held = QUANTISED_BYTES.get(setup.precision, used)
+    if setup.zero_stage == 2:
+        kept = held * stage.parameters
+        computing = [part("weights kept to the backward pass", f"{held:g}N", kept, FSDP_STAGE_2)]
+    else:
+        computing = [part("gathered blocks", "2 × block", 2 * held * block, "torch/distributed/fsdp, BACKWARD_PRE")]
+        if setup.zero_init:  # else they are counted with the unsharded weights
+            root = used * shape.vocabulary_matrices * shape.embedding_parameters / setup.tp
+            computing.append(part("gathered embeddings", f"{used}Vh for each", root, "torch/distributed/fsdp, root"))
     if not setup.trains_adapters:
-        computing.append(
-            part("gradients of a block", "2 × block", 2 * shape.parameters_per_layer / setup.tp, FSDP_REDUCES)
-        )
+        computing.append(part("gradients of a block", f"{used} × block", used * block, FSDP_REDUCES))
     return States(tuple(at_rest), tuple(gradients), tuple(computing), stepping=_foreach(setup, width, trained / n))
 
 
@@ -354,8 +395,8 @@ def _megatron(setup: Setup, stage: Stage) -> States:
     """Half-precision weights of the stage; states over n with the distributed optimizer or ZeRO-1."""
     local, n = stage.parameters, setup.shards if setup.zero_stage else 1
     if setup.trains_adapters:
-        share = _trained(setup, stage)
-        return States((part("frozen weights", "2N'", 2 * local, DTYPE), part("adapters", "18T'", 18 * share, ZERO)))
+        adapters = part("adapters", "18T'", 18 * _trained(setup, stage), ZERO)
+        return States((*_frozen(setup, local / setup.shape.parameters), adapters))
     weights = part("weights", "2N'", 2 * local, DTYPE)
     states = part("master copy and moments", "12N'" + over(n), 12 * local / n, ZERO)
     if "DeepSpeed" not in setup.engine_version:

@@ -188,6 +188,11 @@ class Setup:
         return self.micro_batch * self.seq_len // self.context_parallel
 
     @property
+    def kv_width(self) -> int:
+        """Of the keys on one tensor-parallel rank, which has at least one head: fewer heads than ranks are copied."""
+        return round(-(-self.shape.kv_heads // self.tp) * self.shape.size_of_head)
+
+    @property
     def quantised(self) -> bool:
         return self.precision in QUANTISED
 

@@ -39,8 +39,7 @@ def stages(setup: Setup) -> tuple[Stage, ...]:
         return (Stage("first card", blocks * shape.parameters_per_layer + vocabulary, blocks, 1.0, True),)
     if setup.engine == "none":  # one card after another, one micro batch
         return (Stage("last card", parameters, blocks, 1.0, True),)
-    in_flight = float(min(p, setup.grad_accum)) * (
-        1 + (p - 1) / (p * setup.virtual_stages) * (setup.virtual_stages > 1)
-    )
+    micro_batches = setup.grad_accum if setup.grad_accum_stated else p  # unstated: as many as fill the pipeline
+    in_flight = float(min(p, micro_batches)) * (1 + (p - 1) / (p * setup.virtual_stages) * (setup.virtual_stages > 1))
     first = Stage("first stage", parameters, blocks, in_flight, False)
     return (first, Stage("last stage", parameters, blocks, 1.0, True))

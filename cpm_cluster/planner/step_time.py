@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from cpm_cluster.planner import communication
 from cpm_cluster.planner.accelerators import Accelerator, accelerator
 from cpm_cluster.planner.compute_time import Computation
-from cpm_cluster.planner.flops import attention_forward, model_flops
+from cpm_cluster.planner.flops import attention_forward, causal_share, model_flops
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.time_constants import CONSTANTS, FITTED, Constants
 from cpm_cluster.specs.gpu import Gpu
@@ -124,6 +124,7 @@ def step_time(setup: Setup, card: Gpu | None = None, constants: Constants = CONS
         model_flops_per_token=model_flops(setup),
         masked_flops_per_token=model.computation.passes.model_attention
         * attention_forward(setup.shape, setup.seq_len)
+        * causal_share(setup.shape)
         / 2,
         peak_flops=model.gpu.peak(setup.precision),
         mfu_limit=MFU_LIMIT * (FP8_PEAK if setup.precision == "fp8" and model.gpu.has_fp8 else 1),
@@ -220,9 +221,10 @@ class _Model:
         if setup.mode == "infer":
             return
         reduced = communication.reduce_seconds(setup, self._local_parameters, self.at)
+        behind = micro * (setup.grad_accum if setup.zero_stage == 2 else 1)  # stage 2 reduces in each micro step
         yield TimeTerm(
             "gradients",
-            self._not_hidden(reduced, micro),
+            self._not_hidden(reduced, behind),
             "all-reduce of 2P, less what is hidden",
             "ring all-reduce: Thakur et al. 2005",
         )

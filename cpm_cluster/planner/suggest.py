@@ -172,7 +172,10 @@ def _variants(spec: JobSpec) -> Iterator[JobSpec]:
 
 
 def _ranks(spec: JobSpec) -> list[int]:
-    return sorted({*RANKS, spec.method.rank}) if spec.method else [0]
+    """An adapter that the job begins with has its rank already."""
+    if spec.method is None:
+        return [0]
+    return [spec.method.rank] if spec.method.init_from else sorted({*RANKS, spec.method.rank})
 
 
 def _micro_batches(spec: JobSpec, setup: Setup) -> Iterator[tuple[int, int]]:

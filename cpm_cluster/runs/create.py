@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,11 @@ def create_run(plan: LaunchPlan, records: Records, code: Path | None) -> Run:
         if records.forced:
             append_event(files.events("submitter"), "forced", shortages=records.forced)
         partial.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"{error.strerror}; free some, or choose another folder with --runs-dir or CPM_RUNS_DIR"
+            raise OSError(error.errno, what, str(final.parent)) from error
         raise
     return Run(RunLayout(final), plan)
 

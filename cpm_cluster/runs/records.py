@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is no file or no JSON object in it."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -86,5 +86,5 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

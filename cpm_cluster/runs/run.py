@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -76,6 +77,8 @@ def open_run(folder: Path) -> Run:
     files = RunLayout(folder.absolute())
     try:
         plan = LaunchPlan.from_json(files.plan.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise RunError(f"{folder} cannot be read: {error.strerror}; its owner can let you") from error
     except OSError as error:
         raise RunError(f"{folder} is no run directory: {files.plan.name}: {error.strerror}") from error
     except ValueError as error:
@@ -91,7 +94,7 @@ def find_run(runs_dir: Path, name: str | None) -> Run:
     """
     if name == "":  # what an unset variable of a script comes to
         raise RunError("the name of the run is empty; leave it out for the newest run, cpm runs lists all")
-    if name and Path(name, "launch.json").is_file():
+    if name and os.path.isfile(os.path.join(name, "launch.json")):  # Path.is_file raises on long names
         return open_run(Path(name))
     ids = [path.name for path in run_folders(runs_dir)]
     if not ids:
@@ -133,6 +136,15 @@ def record_submission(run: Run, submission: Submission) -> None:
 
 
 def read_submission(run: Run) -> Submission | None:
-    """What `write_submission` recorded; None before that."""
+    """What `write_submission` recorded; None before that.
+
+    Raises:
+        RunError: the record is damaged.
+    """
     raw = read_json(run.files.submission)
-    return Submission(**{key: value for key, value in raw.items() if key != "format"}) if raw else None
+    if raw is None:
+        return None
+    texts, attempt = [raw.get(key) for key in ("scheduler", "job_id", "host")], raw.get("attempt", 1)
+    if not (all(isinstance(text, str) for text in texts) and isinstance(attempt, int)):
+        raise RunError(f"{run.files.submission} is damaged, so that nobody knows which job is this run's")
+    return Submission(*map(str, texts), attempt=attempt)

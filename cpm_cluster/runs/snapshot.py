@@ -77,10 +77,10 @@ def copy_package(target: Path) -> None:
     """
     package = Path(cpm_cluster.__file__).parent
     for part in PACKAGE_PARTS:
-        source, copy = package / part, target / "cpm_cluster" / part
-        if source.is_dir():
-            shutil.copytree(source, copy)
-        else:
+        whole = package / part
+        # not copytree, which gathers its errors in a list that says little to people
+        for source in filter(Path.is_file, whole.rglob("*") if whole.is_dir() else (whole,)):
+            copy = target / source.relative_to(package.parent)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
     write_text(target / "__main__.py", "from cpm_cluster.agent.__main__ import main\n\nraise SystemExit(main())\n")

@@ -12,7 +12,7 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def run(
-    argv: Sequence[str], *, stdin: str = "", environment: Mapping[str, str] | None = None, patience_s: float = 60
+    argv: Sequence[str], *, stdin: str = "", environment: Mapping[str, str] | None = None, patience_s: float = 120
 ) -> str:
     """Stdout of a command that must succeed.
 
@@ -40,7 +40,7 @@ def run(
     return done.stdout
 
 
-def succeeds(argv: Sequence[str], environment: Mapping[str, str] | None = None, patience_s: float = 60) -> bool:
+def succeeds(argv: Sequence[str], environment: Mapping[str, str] | None = None, patience_s: float = 120) -> bool:
     """Whether a command ends with code 0."""
     try:
         run(argv, environment=environment, patience_s=patience_s)

@@ -13,7 +13,7 @@ from cpm_cluster.sandbox.processes import ProcessFile
 from cpm_cluster.sandbox.state import Node, Sandbox, SandboxError
 
 CONTROLLER_PORT, NODE_PORT, DATABASE_PORT = 16817, 16818, 16819
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cpm_cluster.sandbox.commands import wait_for
 
-GRACE_AFTER_KILL_S = 10.0
+GRACE_AFTER_KILL_S = 60.0
 # as in the service files that come with Slurm: the limits of whoever starts the sandbox are not those of its jobs
 LIMITS = {
     resource.RLIMIT_NOFILE: 131072,

@@ -21,9 +21,10 @@ from cpm_cluster.sandbox.commands import run, wait_for
 from cpm_cluster.sandbox.progress import note, step
 from cpm_cluster.sandbox.state import Part, Sandbox, SandboxError
 
-# a job's processes have KillWait (30 s) to end
-PATIENCE_WITH_JOBS_S = 45.0
-PATIENCE_WITH_NODES_S = 30.0
+# a job's processes have KillWait (60 s) to end
+PATIENCE_WITH_JOBS_S = 75.0
+# one second on idle cores
+PATIENCE_WITH_NODES_S = 120.0
 PATIENCE_WITH_LEFTOVERS_S = 5.0
 # sinfo adds a `*` where a node does not answer
 USABLE = ("idle", "planned", "mixed", "allocated", "completing")

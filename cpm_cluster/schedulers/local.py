@@ -160,7 +160,7 @@ def _files_read(trainer: Mapping[str, Any]) -> list[str]:
     """The files of the user that the trainer reads; names of what comes with the package are none."""
     data = trainer.get("data", {})
     sources = [source["path"] for use in ("train", "eval") for source in data.get(use, ())]
-    named = [*sources, trainer.get("init_from"), trainer.get("tokenizer")]
+    named = [*sources, trainer.get("init_from"), trainer.get("adapter"), trainer.get("tokenizer")]
     return [name for name in named if name and name.startswith("/")]
 
 

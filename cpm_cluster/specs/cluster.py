@@ -22,7 +22,7 @@ MODULE_NAME = Text(r"[A-Za-z0-9][A-Za-z0-9_.+/-]*", "a module name such as rootl
 class Partition:
     """What a Slurm partition allows."""
 
-    nodes: int | None = key(Integer(1), "nodes in it", None)
+    nodes: int | None = key(Integer(1, 100_000), "nodes in it", None)
     max_time_s: int | None = key(DURATION, "longest time limit", None)
     preemptible: bool = key(Boolean(), "jobs here can be preempted", False)
 
@@ -59,11 +59,11 @@ class Cluster:
 
     scheduler: str = key(Choice(("slurm", "local")), "slurm, or local processes of this machine")
     description: str = key(Text(max_length=600), "what it is", "")
-    nodes: int | None = key(Integer(1), "number of GPU nodes", None)
+    nodes: int | None = key(Integer(1, 100_000), "number of GPU nodes", None)
     node_names: str | None = key(NODE_LIST, "their names", None)
-    gpus_per_node: int | None = key(Integer(), "GPUs of a node", None)
+    gpus_per_node: int | None = key(Integer(0, 64), "GPUs of a node", None)
     gpu: str | None = key(Text(expected="a name in configs/gpus.yaml"), "type of its GPUs", None)
-    cpus_per_node: int | None = key(Integer(1), "CPUs of a node that a job can have", None)
+    cpus_per_node: int | None = key(Integer(1, 4096), "CPUs of a node that a job can have", None)
     memory_per_node_bytes: int | None = key(SIZE, "host memory of a node that a job can have", None)
     gpu_request: str = key(
         Choice(("gres", "gpus-per-node")), "how this site wants GPUs asked for; Slurm takes one of the two", "gres"
@@ -91,5 +91,7 @@ class Cluster:
     python: str | None = key(
         ABSOLUTE_PATH, "Python ≥ 3.8 on the nodes for the node agent; default: the submitter's", None
     )
-    gpu_price_per_hour_usd: float | None = key(Number(), "price of a GPU hour here, in place of the catalogue's", None)
+    gpu_price_per_hour_usd: float | None = key(
+        Number(0, 1e6), "price of a GPU hour here, in place of the catalogue's", None
+    )
     source: str = key(Text(max_length=400), "where these facts are from", "")

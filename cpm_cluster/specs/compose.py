@@ -247,6 +247,8 @@ class _Composition:
             changes["code"] = self._absolute(spec.code)
         if spec.init_from:
             changes["init_from"] = self._absolute(spec.init_from)
+        if spec.method and spec.method.init_from:
+            changes["method"] = replace(spec.method, init_from=self._absolute(spec.method.init_from))
         return replace(spec, **changes)
 
     def _absolute_sources(self, sources: tuple[Source, ...]) -> tuple[Source, ...]:

@@ -110,13 +110,16 @@ class Text(NamedTuple):
         return scalar | ({"pattern": f"^(?:{self.pattern})$"} if self.pattern else {})
 
 
+MANY = 10**9  # of steps, nodes, tokens: more is a slip of the finger
+
+
 class Integer(NamedTuple):
     minimum: int = 0
-    maximum: int = 10**12
+    maximum: int = MANY
 
     @property
     def expected(self) -> str:
-        if self.maximum < 10**12:
+        if self.maximum < MANY:
             return f"a whole number from {self.minimum} to {self.maximum}"
         return f"a whole number of {self.minimum} or more"
 
@@ -128,7 +131,8 @@ class Integer(NamedTuple):
         _refuse_quotes(scalar, path, reading)
         value = int(text)
         if not self.minimum <= value <= self.maximum:
-            raise reading.refuse(scalar.where, path, f"{scalar.text} is out of range; write {self.expected}")
+            most = f", at most {self.maximum}" if value > self.maximum >= MANY else ""
+            raise reading.refuse(scalar.where, path, f"{scalar.text} is out of range; write {self.expected}{most}")
         return value
 
     def schema(self) -> Schema:

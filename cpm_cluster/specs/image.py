@@ -16,7 +16,7 @@ class Archive:
     """The tar file that `docker load` reads."""
 
     file: str = key(Text(r"[A-Za-z0-9][A-Za-z0-9._-]*", "a file name without folders"), "name of the tar file")
-    bytes: int | None = key(Integer(1), "its size in bytes; a smaller file is a broken download", None)
+    bytes: int | None = key(Integer(1, 10**12), "its size in bytes; a smaller file is a broken download", None)
     sha256: str | None = key(Text(r"[0-9a-f]{64}", "64 hexadecimal digits"), "its SHA-256 digest", None)
     url: str | None = key(Text(r"https://\S+", "an https address"), "where the publisher offers it", None)
 

@@ -41,10 +41,18 @@ class Lora:
     """Low-rank adapters on a frozen model (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: int = key(Integer(1, 100_000), "rank r of the adapters", 8)
-    alpha: float = key(Number(above_minimum=True), "scale: the adapter's output is multiplied by alpha / rank", 16.0)
+    alpha: float = key(
+        Number(0, 1e6, above_minimum=True), "scale: the adapter's output is multiplied by alpha / rank", 16.0
+    )
     dropout: float = key(Number(0, 0.99), "dropout before the adapters", 0.0)
     targets: tuple[str, ...] = key(
         ListOf(Choice(LORA_TARGETS), minimum=1), "layers that get an adapter", ("project_q", "project_v")
+    )
+    init_from: str | None = key(
+        Text(r"[^\s-].*", "a path"),
+        "adapter to begin with, of this rank, alpha and targets: a run, PEFT's folder, or a -delta.pt of CPM-9G;"
+        " left out: new",
+        None,
     )
 
 
@@ -71,7 +79,7 @@ class Source:
 
     path: str = key(DATA_SOURCE, "a .jsonl file, a pattern such as data/*.jsonl, or builtin:python-reference")
     weight: float | None = key(
-        Number(above_minimum=True), "share of the samples, relative to the other sources; give one to all or none", None
+        Number(1e-6, 1e6), "share of the samples, relative to the other sources; give one to all or none", None
     )
 
 
@@ -133,7 +141,7 @@ class LossGuard:
     )
     spike: str = key(Choice(("ignore", "stop", "skip", "rollback")), "a sudden jump of the loss: the same", "ignore")
     spike_deviations: float = key(
-        Number(above_minimum=True), "a spike is this many standard deviations above the mean of the window", 6.0
+        Number(1, 1e6), "a spike is this many standard deviations above the mean of the window", 6.0
     )
     window: int = key(Integer(8, 100_000), "steps that the mean and the deviation are taken over", 64)
     limit: int = key(Integer(1, 10_000), "steps left out or rolled back before the run ends all the same", 10)
@@ -153,8 +161,8 @@ class Training:
     warmup_steps: int = key(Integer(), "steps of linear warm-up", 0)
     weight_decay: float = key(Number(0, 10), "decoupled weight decay of AdamW", 0.1)
     betas: tuple[float, float] = key(ListOf(Number(0, 0.999999999), minimum=2), "betas of AdamW", (0.9, 0.95))
-    eps: float = key(Number(above_minimum=True, maximum=1), "epsilon of AdamW", 1e-8)
-    clip_grad_norm: float = key(Number(), "clip the global gradient norm to this; 0 = no clipping", 1.0)
+    eps: float = key(Number(1e-20, 1), "epsilon of AdamW", 1e-8)  # with less, gradients whose square fp32 loses explode
+    clip_grad_norm: float = key(Number(0, 1e9), "clip the global gradient norm to this; 0 = no clipping", 1.0)
     precision: str = key(Choice(("fp32", "bf16", "fp16")), "compute precision", "bf16")
     recompute: str = key(Choice(("none", "full")), "activation checkpointing", "none")
     attention: str = key(
@@ -165,7 +173,7 @@ class Training:
     zero_stage: int = key(Integer(0, 3), "what is sharded: 0 nothing (DDP), 1 states, 2 + gradients, 3 + weights", 3)
     offload_optimizer: bool = key(Boolean(), "optimizer states and step on the CPU", False)
     log_every: int = key(Integer(1), "steps between logged metrics", 1)
-    eval_every: int = key(Integer(0), "steps between evaluations; 0 = none", 0)
+    eval_every: int = key(Integer(), "steps between evaluations; 0 = none", 0)
     checkpoint: Checkpointing = key(Section(Checkpointing), "saving", factory=Checkpointing)
     guard: LossGuard = key(Section(LossGuard), "NaN and loss spikes", factory=LossGuard)
 
@@ -305,7 +313,9 @@ class JobSpec:
     samples: Samples = key(Section(Samples), "generated samples", factory=Samples)
     evaluation: Evaluation = key(Section(Evaluation), "task evaluate", factory=Evaluation)
     generation: Generation | None = key(Section(Generation), "task generate", None)
-    seed: int = key(Integer(0, 2**63 - 1), "seed of everything random", 1234)
+    seed: int = key(
+        Integer(0, 2**32 - 1), "seed of everything random", 1234
+    )  # NumPy takes 32 bits, BMTrain gives it on
     deterministic: bool = key(Boolean(), "bit-identical repeats, at some cost in speed", False)
     time_limit_s: int | None = key(DURATION, "time limit; default: the profile's or cluster's", None)
     mounts: dict[str, str] = key(

@@ -22,10 +22,12 @@ class Model:
     head_dim: int | None = key(Integer(1, 10_000), "size of a head; default: hidden / heads", None)
     gated_mlp: bool = key(Boolean(), "three feed-forward matrices (SwiGLU, GEGLU) instead of two", True)
     tied_embeddings: bool = key(Boolean(), "the output head shares the embedding", False)
-    norm_eps: float = key(Number(above_minimum=True, maximum=1), "epsilon of the norms", 1e-5)
-    rope_theta: float = key(Number(above_minimum=True), "base of the rotary embedding", 10_000.0)
+    norm_eps: float = key(Number(1e-20, 1), "epsilon of the norms", 1e-5)
+    rope_theta: float = key(Number(1, 1e12), "base of the rotary embedding", 10_000.0)
     block: str = key(Choice(("cpm9g", "decoder", "glm", "t5", "bert")), "block layout; ours trains cpm9g", "cpm9g")
-    parameters_stated: float | None = key(Number(), "parameters in 10^9, as its publisher or a count states", None)
+    parameters_stated: float | None = key(
+        Number(0, 1e9), "parameters in 10^9, as its publisher or a count states", None
+    )
     assumed: str | None = key(
         Text(max_length=600), "set where dimensions are our documented choice, not the publisher's: says which", None
     )

@@ -6,7 +6,9 @@ would make of them (86400, a string, a string).
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +82,10 @@ def read_yaml(path: Path, set_by: str, problems: list[Problem], shown_as: str | 
     """
     name = shown_as or str(path)
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=_open_at_once) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                problems.append(Problem(Location(name), "", "is a pipe or a device; save it as a file"))
+                return None
             data = stream.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -90,6 +95,11 @@ def read_yaml(path: Path, set_by: str, problems: list[Problem], shown_as: str | 
         problems.append(Problem(Location(name), "", "is larger than 1 MiB; that is not a file of this kind"))
         return None
     return parse_yaml(data, name, set_by, problems)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe that nobody writes to would have `open` wait for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_yaml(data: bytes, name: str, set_by: str, problems: list[Problem]) -> MapNode | None:

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them, and back."""
+"""Sizes, durations and versions as people write them, and back."""
 
 from __future__ import annotations
 
@@ -108,3 +108,9 @@ def slurm_time(seconds: int) -> str:
     """`days-hours:minutes:seconds`, as `sbatch --time` takes it (man sbatch)."""
     days, rest = divmod(seconds, 86_400)
     return f"{days}-{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
+
+
+def version_tuple(version: str | None) -> tuple[int, ...]:
+    """(29, 5, 1) for "29.5.1"; () where nothing is known."""
+    digits = ("".join(c for c in part if c.isdigit()) for part in (version or "").split("+")[0].split("."))
+    return tuple(int(part) for part in digits if part)

@@ -277,6 +277,12 @@ def _partial(root: Path, step: int) -> Path:
     return root / f".step-{step:08d}.partial"
 
 
+def newest_saved(output_dir: Path) -> int | None:
+    """Return the step of the newest checkpoint that was published, None without one; it may have been damaged since."""
+    published = _existing(output_dir / "checkpoints")
+    return int(published[-1].name.split("-")[1]) if published else None
+
+
 def _existing(root: Path) -> list[Path]:
     """Return the published checkpoints, oldest first."""
     return sorted(root.glob("step-????????"))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
+from operator import mul
 
 from cpm_cluster.training.attempt import Attempt, attempt, open_tokenizer, write_outcome
-from cpm_cluster.training.checkpoint import START, CheckpointError, Checkpoints, Progressed
-from cpm_cluster.training.data.batches import EvalBatches, TrainingData, evaluation_batches
+from cpm_cluster.training.checkpoint import START, CheckpointError, Checkpoints, Progressed, newest_saved
+from cpm_cluster.training.data.batches import TrainingData, evaluation_sources
+from cpm_cluster.training.data.token_index import Ranks
 from cpm_cluster.training.engines import Engine, StepResult, open_engine
 from cpm_cluster.training.guard import Incident, LossGuard
 from cpm_cluster.training.inference.sampling import continue_text
@@ -18,6 +20,7 @@ from cpm_cluster.training.reporting.progress import Speed
 from cpm_cluster.training.reporting.records import Records, finite_or_none
 from cpm_cluster.training.schedules import learning_rate
 from cpm_cluster.training.settings import Settings
+from cpm_cluster.training.stop import Stopped
 
 
 def train(settings: Settings, placement: Placement, settings_text: bytes) -> str:
@@ -25,23 +28,44 @@ def train(settings: Settings, placement: Placement, settings_text: bytes) -> str
     with attempt(settings, placement) as begun:
         engine = open_engine(settings, placement)
         confirm_world(engine.all_gather, placement, settings.expected_world_size, settings_text)
-        outcome = Run(settings, placement, engine, begun).run()
+        try:
+            outcome = Run(settings, placement, engine, begun).run()
+        except Stopped:
+            outcome = end_before_training(placement, begun)
         engine.close()
         begun.heartbeat.close(outcome)
         return outcome
+
+
+def end_before_training(placement: Placement, begun: Attempt) -> str:
+    """Leave ``outcome.json`` of an attempt that was stopped while it read its data; nothing is there to be saved."""
+    saved = newest_saved(begun.output_dir)
+    if placement.rank == 0:
+        write_outcome(begun.output_dir, "stopped", saved or 0, saved)
+        print("stopped while the data were read; the next attempt goes on with what has been encoded", flush=True)
+    begun.progress.enter("stopped", step=saved or 0, checkpoint_step=saved)
+    return "stopped"
 
 
 class Run:
     """One attempt at a run: the components, and the order in which they act."""
 
     def __init__(self, settings: Settings, placement: Placement, engine: Engine, begun: Attempt) -> None:
-        """Read tokenizer and data, build the model, resume where an earlier attempt saved."""
+        """Read tokenizer and data, build the model, resume where an earlier attempt saved.
+
+        Raises Stopped, on all ranks, soon after one is asked to stop before the model is there.
+        """
         self.settings, self.placement, self.engine = settings, placement, engine
         self.output_dir, self.stop, self.progress, self.heartbeat = begun
         self.speed, self.meter = Speed(settings.work, placement.world_size), Meter()
         self.tokenizer = open_tokenizer(settings)
-        self.data = TrainingData(settings, placement, self.tokenizer, engine.all_gather, self.note_loading, self.say)
-        self.eval_batches = self.load_eval_batches()
+        ranks = Ranks(placement, self.gather_while_loading, self.note_loading, lambda: self.stop.pending)
+        self.data = TrainingData(settings, self.tokenizer, ranks, self.say)
+        evaluates = settings.data.eval and settings.training.eval_every
+        self.eval_sources = evaluation_sources(settings, self.tokenizer, ranks, self.say) if evaluates else []
+        if engine.any_flag(self.stop.pending):
+            raise Stopped
+        self.heartbeat.enter("loading", 0)
         self.progress.enter("loading", done=None, total=None)
         engine.build()
         self.checkpoints = Checkpoints(settings, placement.rank)
@@ -52,6 +76,7 @@ class Run:
         self.records = Records(settings, placement.rank, self.progressed.step)
         self.loss: float | None = None
         self.eval_loss: float | None = None
+        self.eval_losses: dict[str, float] = {}
 
     def run(self) -> str:
         """Sample, train to the last step or a stop, save, sample again; return the outcome."""
@@ -117,11 +142,20 @@ class Run:
         if incident is not None:
             self.records.incident(incident, None)
         training, evaluated = self.settings.training, False
-        if self.eval_batches is not None and due(step, training.eval_every, training.steps):
-            self.enter("evaluating")
-            self.eval_loss, evaluated = self.engine.evaluate(self.eval_batches), True
-            self.enter("training")
+        if self.eval_sources and due(step, training.eval_every, training.steps):
+            self.evaluate()
+            evaluated = True
         self.record(result, lr, evaluated, incident)
+
+    def evaluate(self) -> None:
+        """Measure the loss of each source of the evaluation data, and of all their targets together."""
+        self.enter("evaluating")
+        losses = [self.engine.evaluate(source.batches) for source in self.eval_sources]
+        targets = [source.targets for source in self.eval_sources]
+        self.eval_loss = finite_or_none(sum(map(mul, losses, targets)) / sum(targets))
+        names = [source.name for source in self.eval_sources]
+        self.eval_losses = dict(zip(names, losses)) if len(names) > 1 else {}
+        self.enter("training")
 
     def roll_back(self, incident: Incident) -> None:
         """Return to the newest whole checkpoint, but not to its data: go on after those of the offending step."""
@@ -161,6 +195,7 @@ class Run:
         self.progress.note(memory_bytes=of_ranks["memory_allocated_bytes"] or of_ranks["memory_resident_bytes"])
         extra = {
             "eval_loss": self.eval_loss if evaluated else None,
+            "eval_losses": self.eval_losses if evaluated else {},
             "loss_scale": result.loss_scale,
             "tokens_per_second_per_rank": self.speed.tokens_per_second / self.placement.world_size,
             "time": time.time(),
@@ -209,18 +244,17 @@ class Run:
             )
             self.records.sample(number, step, prompt, text)
 
-    def load_eval_batches(self) -> EvalBatches | None:
-        """Return this rank's share of the evaluation data; None when the settings ask for no evaluation."""
-        if not self.settings.data.eval or self.settings.training.eval_every == 0:
-            return None
-        return evaluation_batches(
-            self.settings, self.placement, self.tokenizer, self.engine.all_gather, self.note_loading, self.say
-        )
-
     def note_loading(self, done: int, total: int) -> None:
         """Show that the data are being read, and how far: bytes of bytes."""
-        self.heartbeat.enter("loading data", 0)
+        self.heartbeat.enter("data", 0)
         self.progress.note(phase="loading data", done=done, total=total)
+
+    def gather_while_loading(self, value: int) -> list[int]:
+        """Exchange a number with the other ranks; a rank that keeps them waiting shows, as in a step."""
+        self.heartbeat.enter("exchange", 0)
+        values = self.engine.all_gather(value)
+        self.heartbeat.enter("data", 0)
+        return values
 
     def say(self, line: str) -> None:
         """Print a line for people, once."""

@@ -59,7 +59,7 @@ class SourceSettings:
 class DataSettings:
     """A source is drawn as often as it is long, or as its weight says: all have one, or none has.
 
-    Evaluation takes every sample once, whatever the weights.
+    Weights are shares of samples, not of tokens. Evaluation takes every sample once; its sources have no weight.
     """
 
     train: Tuple[SourceSettings, ...]
@@ -159,7 +159,7 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All of ``trainer.json``."""
+    """All of ``trainer.json``; ``adapter`` holds the LoRA updates to begin with (the job's method.lora.init_from)."""
 
     format: Literal[1]
     output_dir: str
@@ -172,6 +172,7 @@ class Settings:
     init_from: Optional[str]
     tokenizer: str
     method: MethodSettings
+    adapter: Optional[str]
     data: DataSettings
     training: TrainingSettings
     evaluation: EvaluationSettings

@@ -188,13 +188,17 @@ def _task_rules(settings: Settings) -> list[Rule]:
             "data.train: must name at least one file",
         ),
         (_weights_agree(settings.data.train), "data.train: all sources have a weight above 0, or none has one"),
-        (_weights_agree(settings.data.eval), "data.eval: all sources have a weight above 0, or none has one"),
+        (
+            all(source.weight is None for source in settings.data.eval),
+            "data.eval: no source has a weight: evaluation takes every sample once",
+        ),
         (settings.evaluation.shots >= 0, "evaluation.shots: must not be negative"),
         (
             bool(settings.data.eval or settings.evaluation.choices) or settings.task != "evaluate",
             "task: evaluate needs data.eval or evaluation.choices",
         ),
         (settings.generation is not None or settings.task != "generate", "generation: task generate needs it"),
+        (settings.adapter is None or isinstance(settings.method, LoraTuning), "adapter: needs method lora"),
     ]
     if settings.generation is not None:
         generation = settings.generation

@@ -13,6 +13,10 @@ from pathlib import Path
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
+class Stopped(Exception):
+    """A rank was asked to stop, all ranks know it, and there is nothing to save that is not on disk."""
+
+
 class StopRequest:
     """Remembers that this rank was asked to stop; the ranks agree on it between steps."""
 

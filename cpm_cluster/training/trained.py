@@ -71,14 +71,14 @@ def read_trained(run: Path, recipe: Recipe, step: int | None) -> Trained:
 
     Raises UserError when there is nothing of the kind, or when it is not of the run's model.
     """
-    final = None if step is not None else _final(run, recipe)
+    final = None if step is not None else read_final(run, recipe)
     trained = final or _from_checkpoint(run, recipe, step)
     check_weights(shapes_of(recipe.model, recipe.lora), recipe.model, trained.tensors, str(trained.source))
     return trained
 
 
-def _final(run: Path, recipe: Recipe) -> Trained | None:
-    """Weights of a run that finished; those of an attempt before the newest one are not final."""
+def read_final(run: Path, recipe: Recipe) -> Trained | None:
+    """Return the weights of a run that finished; those of an attempt before the newest one are not final."""
     outcome = run / "outcome.json"
     path = run / "weights" / ("delta.pt" if recipe.lora else "model.pt")
     if not outcome.is_file() or not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import os
@@ -10,11 +11,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from local_runs import LocalRun, LocalRuns, all_processes, command_line, environment_of, is_alive, parent_of, wait_for
+from local_runs import (
+    PATIENCE_S,
+    LocalRun,
+    LocalRuns,
+    all_processes,
+    command_line,
+    environment_of,
+    is_alive,
+    parent_of,
+    wait_for,
+)
 
 import cpm_cluster
 from cpm_cluster.sandbox import dockerd, host_settings, podman
@@ -63,19 +75,17 @@ TRAINING: dict[str, Any] = {
         "zero_stage": 0,
         "checkpoint": {"every": 20, "keep": 2},
     },
-    "time_limit": "10m",
+    "time_limit": "1h",
 }
 COMMAND: dict[str, Any] = {
     "name": "program",
     "cluster": "sandbox",
     "engine": "command",
     "resources": {"nodes": 1, "gpus_per_node": 2, "cpus_per_node": 2},
-    "time_limit": "5m",
+    "time_limit": "1h",
 }
-# A torch process starts in 6 s on two idle cores, an image is loaded in 15 s.
-PATIENCE_S = 120.0
-# Slurm's epilog, and daemons on their way out.
-SETTLING_S = 15.0
+# Slurm's epilog, and daemons on their way out; on idle cores a second or two.
+SETTLING_S = 60.0
 ALIVE_IN_SLURM = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "STOPPED", "SIGNALING")
 
 
@@ -277,7 +287,24 @@ class ClusterRun(LocalRun):
             self.refuse_end(1)
             return int(json.loads(self.text("progress.json") or "{}").get("step", 0)) >= step
 
-        wait_for(f"step {step} ({self.id})", reached, PATIENCE_S)
+        wait_for(f"step {step} ({self.id})", reached)
+
+    def await_checkpoint(self) -> None:
+        """Wait until the first attempt has a whole checkpoint, which is written while further steps are done."""
+
+        def is_whole() -> bool:
+            self.refuse_end(1)
+            return self.checkpoint_step > 0
+
+        wait_for(f"checkpoint ({self.id})", is_whole)
+
+    @contextmanager
+    def between_attempts(self) -> Iterator[None]:
+        """While Slurm has the job back in its queue, held there for as long as one looks."""
+        self.await_job("PENDING")
+        self.runs.slurm("scontrol", "hold", self.job_id)
+        yield
+        self.runs.slurm("scontrol", "release", self.job_id)
 
     def refuse_end(self, attempt: int) -> None:
         """Fail at once, with what it said, where an attempt has ended that is waited for."""
@@ -330,7 +357,7 @@ class ClusterRun(LocalRun):
             found = [line for line in self.text(path).splitlines() if line.startswith("continuing after step ")]
             return found or self.refuse_end(attempt)
 
-        return int(wait_for(f"checkpoint of attempt {attempt} ({self.id})", said, PATIENCE_S)[0].split()[3])
+        return int(wait_for(f"checkpoint of attempt {attempt} ({self.id})", said)[0].split()[3])
 
     def await_nothing_left(self, seconds: float = SETTLING_S, queued: bool = False) -> None:
         """Fail where the run leaves anything on the nodes, in its folder or in Slurm; a `queued` job may wait."""
@@ -370,23 +397,24 @@ class ClusterRun(LocalRun):
         uid = self.runs.state.uid
         for job in self.job_ids:
             for top in MOUNT.glob(f"*/slurm_*/uid_{uid}/job_{job}"):
-                for path in top.rglob("cgroup.procs"):
-                    yield from _numbers(path)
+                for folder, _, _ in os.walk(top):  # which passes over what Slurm removes meanwhile
+                    yield from _numbers(Path(folder, "cgroup.procs"))
 
     def _containers(self) -> Iterator[str]:
-        """Containers of any daemon, of podman, and those that a rootless daemon's data root still lists."""
-        label = f"label=cpm.run={self.id}"
+        """Containers of any daemon, of podman, and those that a rootless daemon's data root still lists.
+
+        A client that fails is one of them, too: other jobs' containers come and go while it lists them.
+        """
+        words = ("ps", "--all", "--quiet", "--filter", f"label=cpm.run={self.id}")
         for engine in dockerd.engines(self.runs.state):
-            argv = ["docker", "--host", f"unix://{engine.socket}", "ps", "--all", "--quiet", "--filter", label]
-            yield from subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+            argv = ["docker", "--host", f"unix://{engine.socket}", *words]
+            yield from _listed(subprocess.run(argv, capture_output=True, text=True))
         environment = {"XDG_RUNTIME_DIR": str(podman.run_folder(self.runs.state))}
-        listed = self.runs._call("podman", ("ps", "--all", "--quiet", "--filter", label), {"env": environment})
-        assert listed.returncode == 0, listed.stderr
-        yield from listed.stdout.split()
+        yield from _listed(self.runs._call("podman", words, {"env": environment}))
         for folder in self._data_roots():
-            for path in folder.glob("*/*/containers/*/config.v2.json"):
-                if self.id in path.read_text():
-                    yield f"{path.parent.name} in {folder}"
+            for name in glob.iglob(f"{folder}/*/*/containers/*/config.v2.json"):
+                if self.id in _text(Path(name)):
+                    yield f"{Path(name).parent.name} in {folder}"
 
     def _data_roots(self) -> list[Path]:
         uid = str(self.runs.state.uid)
@@ -413,11 +441,21 @@ def tree_of(pid: int) -> list[str]:
     return lines
 
 
+def _listed(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """Containers that a client names, or what it says when it fails."""
+    return done.stdout.split() if done.returncode == 0 else [done.stderr.strip() or f"{done.args} fails"]
+
+
 def _numbers(path: Path) -> list[int]:
+    return [int(word) for word in _text(path).split()]
+
+
+def _text(path: Path) -> str:
+    """What is in a file; nothing where somebody has removed it meanwhile."""
     try:
-        return [int(word) for word in path.read_text().split()]
-    except OSError:  # Slurm has removed it meanwhile
-        return []
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _owner(pid: int) -> int:

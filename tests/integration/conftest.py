@@ -16,12 +16,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from local_runs import LocalRuns, Terminal, all_processes, command_line, is_alive, parent_of
 from sandbox_here import reason_against
 
+from cpm_cluster.agent import process_tree
 from cpm_cluster.sandbox import network, sandbox
 from cpm_cluster.sandbox.state import Sandbox
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # The last process of a run may still be on its way out when the run's records say that it has ended.
-SETTLING_S = 5.0
+SETTLING_S = 30.0
+# A test waits several times, and each wait fails by itself after five minutes, with what it waited for.
+TIMEOUT_S = 1200
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +50,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "machine" in item.fixturenames:
             item.add_marker("sandbox")
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
     items.sort(key=lambda item: item.get_closest_marker("without_sandbox") is None)
 
 
@@ -83,8 +88,7 @@ def runs(tmp_path):
     yield made
     left = _left_after(SETTLING_S, before)
     described = [f"{pid}: {command_line(pid)[:200]}" for pid in left]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
+    process_tree.send(left, signal.SIGKILL)
     _left_after(SETTLING_S, before)
     prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     assert not described, "processes are left: " + "; ".join(described)

@@ -40,7 +40,7 @@ def meet() -> tuple[int, int]:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # with c10d this port is free, with a static rendezvous torchrun itself serves a store there
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = TCPStore(address, port, world_size, hosts, datetime.timedelta(seconds=60))
+    store = TCPStore(address, port, world_size, hosts, datetime.timedelta(seconds=300))
     store.set(f"stand-in-{rank}", "")
     store.wait([f"stand-in-{other}" for other in range(world_size)])
     store.add("stand-in-met", 1)

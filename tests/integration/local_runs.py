@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 ESCAPE_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
-# A start of torch takes 6 s on two idle cores.
-PATIENCE_S = 90.0
+# A start of torch takes 6 s on two idle cores; these may have ten times as much to do. What fails is told at once.
+PATIENCE_S = 300.0
 COMMANDS = ("bash", "sh", "env", "git", "sleep", "setsid", "cat", "touch")
 
 TRAINING = {
@@ -101,14 +101,14 @@ class LocalRun:
         return json.loads((self.folder / name).read_text())
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """A jsonl file of the run; nothing where there is none."""
-        path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        """The whole lines of a jsonl file of the run, which may be growing; nothing where there is none."""
+        whole = self.text(name).rpartition("\n")[0]
+        return [json.loads(line) for line in whole.split("\n") if line]
 
     def events(self) -> list[dict[str, Any]]:
         """What the agent recorded."""
         found = [path for path in (self.folder / "events").glob("*.jsonl") if path.stem != "submitter"]
-        return [json.loads(line) for path in found for line in path.read_text().splitlines()]
+        return [event for path in found for event in self.lines(f"events/{path.name}")]
 
     def status(self) -> dict[str, Any]:
         """What `cpm status --json` says."""
@@ -142,7 +142,7 @@ class LocalRun:
         mark = f"CPM_RUN_ID={self.id}"
         return [pid for pid in all_processes() if mark in environment_of(pid)]
 
-    def await_nothing_left(self, seconds: float) -> None:
+    def await_nothing_left(self, seconds: float = PATIENCE_S) -> None:
         """Wait until no process of the run is alive."""
         wait_for(f"end of all processes of {self.id}", lambda: not self.processes(), seconds)
 
@@ -179,8 +179,9 @@ class LocalRun:
 
     @property
     def checkpoint_step(self) -> int:
-        """The step of the newest checkpoint."""
-        return int((self.folder / "checkpoints/latest").read_text().split("-")[1])
+        """The step of the newest checkpoint, which has its name a moment before `latest` names it; 0 without one."""
+        names = [path.name for path in (self.folder / "checkpoints").glob("step-*")]
+        return max((int(name.split("-")[1]) for name in names), default=0)
 
 
 class LocalRuns:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from cpm_cluster.sandbox.state import Node, Sandbox
 STATE = Sandbox()
 # So that a cut cable, or a slurmd that is away, is nobody else's: jobs of one node, of two, and those of a lost node.
 ONE_NODE, TWO_NODES, LOST_NODE = "g[2004-2008]", "g[2001-2003,2006-2008]", "g[2001-2005]"
+# For what needs most of a node's GPUs, or certain ports, while other jobs run; jobs of two nodes come later.
+PREEMPTED_NODE, EMPTY_NODE = STATE.nodes[3], STATE.nodes[4]
 EVERY = 20
 # The newest checkpoint may still be being written when a rank dies; the next one is not begun before it is whole.
 MOST_LOST = 2 * EVERY
@@ -102,6 +105,12 @@ def state_of(run: ClusterRun) -> tuple[str, int | None]:
 
 def cause_of(run: ClusterRun) -> str:
     return str(run.status()["verdict"]["cause"])
+
+
+def as_admin(*argv: str) -> str:
+    """Stdout of a Slurm command of root that must succeed."""
+    environment = {**os.environ, "SLURM_CONF": str(STATE.slurm_conf)}
+    return subprocess.run(argv, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 # What a program sees, and how it ends
@@ -184,11 +193,10 @@ def test_every_rank_has_the_environment_and_the_secret(trained):
 def test_a_secret_is_in_no_record_no_command_line_and_nothing_that_slurm_tells(user, trained):
     job = trained.job_id
     transport = trained.folder / "attempt-1/node-0/environment"
-    paths = [path for path in trained.folder.rglob("*") if path.is_file() and path != transport]
-    files = [path for path in paths if not path.name.endswith(".tmp")]  # which the trainer renames meanwhile
+    contents = {path: content for path, content in files_of(trained.folder) if path != transport}
 
-    assert len(files) > 20
-    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert len(contents) > 20
+    assert [path for path, content in contents.items() if SECRET.encode() in content] == []
     assert not transport.exists() or transport.stat().st_mode & 0o777 == 0o600
     assert [command_line(pid) for pid in all_processes() if SECRET in command_line(pid)] == []
     told = [user.slurm("scontrol", "--details", "show", "job", job)]
@@ -196,6 +204,14 @@ def test_a_secret_is_in_no_record_no_command_line_and_nothing_that_slurm_tells(u
     told += [user.slurm("sacct", f"--jobs={job}", option) for option in ("--batch-script", "--env-vars")]
     assert "trained" in told[0] and "#SBATCH" in told[1]
     assert [text for text in told if SECRET in text] == []
+
+
+def files_of(top: Path) -> Iterator[tuple[Path, bytes]]:
+    """The files below a folder, but for those that the trainer renames or removes in this moment."""
+    for folder, _, names in os.walk(top):
+        for path in (Path(folder, name) for name in names):
+            with suppress(FileNotFoundError):
+                yield path, path.read_bytes()
 
 
 def test_scancel_while_training_saves_and_leaves_nothing(user, trained):
@@ -230,7 +246,7 @@ def test_cpm_cancel_saves_and_cpm_resume_goes_on_from_there(user):
 
 
 def test_two_jobs_on_one_node_have_four_gpus_each_and_do_not_touch_each_other(user):
-    node = STATE.nodes[2]
+    node = EMPTY_NODE
     half = {"image": IMAGE, "runtime": "docker-rootless", "resources__gpus_per_node": 4, "slurm__nodelist": node.name}
     jobs = [user.command("bash", "-c", HOLD, name=f"half-{side}", **half) for side in ("left", "right")]
     left, right = [user.detached(job) for job in jobs]
@@ -341,7 +357,7 @@ def test_an_image_that_one_node_lacks_is_loaded_there(user):
 
 @pytest.mark.parametrize("taken", [1, 8])
 def test_a_master_port_that_is_taken(user, taken):
-    node = STATE.nodes[2]
+    node = EMPTY_NODE
     script = "echo $MASTER_PORT > $CPM_RUN_DIR/port"
     extra = {"slurm__nodelist": node.name, "slurm__extra": {"hold": ""}}
     run = user.detached(user.command("sh", "-c", script, name=f"taken-{taken}", **extra))
@@ -426,19 +442,20 @@ def after_kill(victim: Callable[[ClusterRun], int], category: str, cause: str) -
 
     def story(user: ClusterRuns) -> None:
         run = one_node(user, victim.__name__)
-        run.await_step(EVERY + 1)
+        run.await_checkpoint()
         node = run.nodes[0]
         os.kill(victim(run), signal.SIGKILL)
-        run.await_job("PENDING")
-        run.await_nothing_left(queued=True)
         goes_on(run, category, cause.format(node=node))
 
     return story
 
 
 def goes_on(run: ClusterRun, category: str, cause: str, saved: bool = False) -> None:
-    """The second attempt goes on from the newest whole checkpoint of the first, which was not long ago."""
-    checkpoint, step = run.checkpoint_step, run.last_step
+    """Nothing is left of the first attempt; the second goes on from its newest whole checkpoint, not long ago."""
+    with run.between_attempts():
+        run.await_nothing_left(queued=True)
+        checkpoint, step = run.checkpoint_step, run.last_step
+        as_admin("scontrol", "update", f"jobid={run.job_id}", "timelimit=60")  # which may have been cut short
     continued = run.continued_after(2)
     ending = next(event for event in run.lines("events/batch.jsonl") if event["kind"] == "ending")
     assert (ending["attempt"], ending["category"]) == (1, category)
@@ -451,36 +468,40 @@ def goes_on(run: ClusterRun, category: str, cause: str, saved: bool = False) -> 
 
 
 def time_limit(user: ClusterRuns) -> None:
-    """Slurm counts in minutes, and warns up to half a minute early: one would be over before the first step."""
-    run = one_node(user, "time-limit", time_limit="2m", signal_lead="10s")
+    """Near once training has begun, however long that took. Slurm counts in minutes, and warns half of one early."""
+    run = one_node(user, "time-limit", signal_lead="1m")
     run.await_step(1)
+    user.slurm("scontrol", "update", f"jobid={run.job_id}", f"timelimit={minutes_used(run) + 2}")
     run.await_job("PENDING")
-    run.await_nothing_left(queued=True)
     record = run.json(f"exit/{run.first_node}.json")
     assert (record["exit_code"], record["stopped_by"], record["killed"]) == (85, "SIGUSR2", False)
     goes_on(run, "time limit", "It saved and stopped before its time limit.", saved=True)
 
 
+def minutes_used(run: ClusterRun) -> int:
+    """Whole minutes that a job has been running for, less than an hour."""
+    told = as_admin("squeue", "--noheader", f"--jobs={run.job_id}", "--format=%M")  # minutes:seconds
+    return int(told.partition(":")[0])
+
+
 def preemption(user: ClusterRuns) -> None:
-    node = STATE.nodes[1].name
+    node = PREEMPTED_NODE.name
     run = one_node(user, "preempted", slurm__partition="preempt", slurm__exclude=None, slurm__nodelist=node)
     run.await_step(EVERY + 1)
     wanted = ("--partition=gpu1", f"--nodelist={node}", "--gres=gpu:7", "--output=/dev/null", "--wrap=sleep 1")
     user.slurm("sbatch", *wanted)
-    run.await_job("PENDING")
-    run.await_nothing_left(queued=True)
     goes_on(run, "preempted", "Slurm preempted it for another job.", saved=True)
 
 
 def lost_node(user: ClusterRuns) -> None:
     """The cable of one of two nodes is cut for good: Slurm gives the job another node."""
     run = two_nodes(user, "lost-node", LOST_NODE)
-    run.await_step(EVERY + 1)
-    lost = next(node for node in STATE.nodes if node.name == run.nodes[1])
+    run.await_checkpoint()
+    lost = second_node(run)
     plug(lost, "down")
     try:
-        run.await_job("PENDING", 150)
-        checkpoint, step = run.checkpoint_step, run.last_step
+        with run.between_attempts():
+            checkpoint, step = run.checkpoint_step, run.last_step
         assert run.continued_after(2) == checkpoint
         assert step - checkpoint <= MOST_LOST
         assert lost.name not in run.nodes
@@ -491,10 +512,23 @@ def lost_node(user: ClusterRuns) -> None:
     ending = next(event for event in run.lines("events/batch.jsonl") if event["kind"] == "ending")
     assert (ending["category"], ending["node"]) == ("node", lost.name)
     assert user.cpm("cancel", run.id).returncode == 0
+    await_node("idle", lost)
     # what was on the lost node is swept by the next job there
     next_one = {"image": IMAGE, "runtime": "podman", "slurm__nodelist": lost.name}
     assert user.detached(user.command("true", name="sweeps", **next_one)).await_end()["state"] == "finished"
     run.await_nothing_left()
+
+
+def second_node(run: ClusterRun) -> Node:
+    """Of a job that runs on two."""
+    name = run.nodes[1]
+    return next(node for node in STATE.nodes if node.name == name)
+
+
+def await_node(state: str, node: Node) -> None:
+    """Wait until Slurm has a node in a state."""
+    argv = ("sinfo", "--noheader", f"--nodes={node.name}", "--partition=gpu1", "--format=%T")
+    wait_for(f"{node.name} {state}", lambda: as_admin(*argv).strip() == state)
 
 
 def plug(node: Node, way: str) -> None:
@@ -539,10 +573,10 @@ def steady(user: ClusterRuns) -> ClusterRun:
     return run
 
 
-def trains_on(run: ClusterRun) -> None:
+def trains_on(run: ClusterRun, steps: int = EVERY) -> None:
     """It does more steps now, in its first attempt."""
     step = run.last_step
-    wait_for("further steps", lambda: run.last_step >= step + EVERY)
+    wait_for("further steps", lambda: run.last_step >= step + steps)
     status = run.status()
     assert (status["state"], status["attempt"]) == ("running", 1)
 
@@ -557,18 +591,18 @@ def test_a_job_does_not_notice_that_slurmctld_is_restarted(user, steady):
     daemons.slurmctld(STATE).start()
     assert away["state"] == "running"
     trains_on(steady)
-    assert steady.slurm_state == "RUNNING"
+    steady.await_job("RUNNING")
 
 
 def test_a_job_does_not_notice_that_slurmd_is_killed(user, steady):
-    node = next(node for node in STATE.nodes if node.name == steady.nodes[1])
+    node = second_node(steady)
     os.kill(daemons.slurmd(STATE, node).file.pid, signal.SIGKILL)
 
-    trains_on(steady)
+    trains_on(steady, steps=5)  # a node without slurmd is lost after a minute
 
     daemons.slurmd(STATE, node).start()
     trains_on(steady)
-    assert steady.slurm_state == "RUNNING"
+    steady.await_job("RUNNING")
 
 
 def test_neither_a_job_nor_its_user_needs_sacct(user, steady):
@@ -590,7 +624,7 @@ def test_neither_a_job_nor_its_user_needs_sacct(user, steady):
 
 
 def test_a_job_goes_on_after_the_link_of_one_node_was_cut_for_half_a_minute(user, steady):
-    node = next(node for node in STATE.nodes if node.name == steady.nodes[1])
+    node = second_node(steady)
     plug(node, "down")
     time.sleep(30)
     step = steady.last_step

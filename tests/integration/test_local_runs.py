@@ -7,7 +7,7 @@ import subprocess
 from hashlib import sha256
 
 import pytest
-from local_runs import ESCAPE_CODES, ONE_RANK, ROWS, command_line, wait_for
+from local_runs import ESCAPE_CODES, ONE_RANK, PATIENCE_S, ROWS, command_line, wait_for
 
 GIT = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "init.defaultBranch=main"]
 
@@ -186,7 +186,7 @@ def test_logs_follow_a_run_to_its_end(runs):
     follower = runs.open("logs", "--follow", run.id)
     run.await_log("one")
     (run.folder / "code" / "go").touch()
-    assert follower.communicate(timeout=30)[0] == "one\ntwo\n"
+    assert follower.communicate(timeout=PATIENCE_S)[0] == "one\ntwo\n"
     assert follower.returncode == 0
 
 

@@ -37,9 +37,9 @@ def user(cluster: Sandbox) -> Iterator[ClusterRuns]:
 class Shell(ClusterRun):
     """A shell on the sandbox, seen from its terminal, and as root sees what it leaves."""
 
-    def __init__(self, user: ClusterRuns, runtime: str) -> None:
+    def __init__(self, user: ClusterRuns, runtime: str, cluster: str) -> None:
         name = f"t{os.getpid()}-{len(os.listdir(user.root))}"
-        words = ("lora-10b-2x80g", "--cluster", "sandbox", "--time", "5m", "--set", f"name={name}")
+        words = ("lora-10b-2x80g", "--cluster", cluster, "--time", "20m", "--set", f"name={name}")
         words += ("--set", f"runtime={runtime}", "--set", f"slurm.nodelist={NODES[runtime]}")
         (user.root / name).mkdir()
         self.screen = Terminal(user, "cpm", "shell", *words, "--set", "resources.cpus_per_node=2")
@@ -49,11 +49,12 @@ class Shell(ClusterRun):
         self.id = folder.name[1:]
         self.node = NODES[runtime]
         self.daemon_was_killed = False
+        self._job_ids: list[str] = []
 
     @property
     def job_ids(self) -> list[str]:
         argv = ["squeue", "--noheader", f"--name={self.id}", "--states=all", "--format=%A"]
-        self._job_ids: list[str] = self.runs.slurm(*argv).split() or self._job_ids
+        self._job_ids = self.runs.slurm(*argv).split() or self._job_ids
         return self._job_ids
 
     @property
@@ -96,8 +97,8 @@ class Shell(ClusterRun):
 def shell(user: ClusterRuns) -> Iterator[Callable[[str], Shell]]:
     opened = []
 
-    def open_(runtime: str) -> Shell:
-        opened.append(Shell(user, runtime))
+    def open_(runtime: str, cluster: str = "sandbox") -> Shell:
+        opened.append(Shell(user, runtime, cluster))
         return opened[-1]
 
     yield open_
@@ -110,7 +111,7 @@ def shell(user: ClusterRuns) -> Iterator[Callable[[str], Shell]]:
 def test_a_shell_inside_the_image_with_the_gpus_and_files_of_whoever_types(user, shell, runtime):
     session = shell(runtime)
     session.await_prompt()
-    told = rf"{session.node}, 2 GPUs, cpmlive-flash:0\.0\.4 \({runtime}\), until \d\d:\d\d \([45] min left\)"
+    told = rf"{session.node}, 2 GPUs, cpmlive-flash:0\.0\.4 \({runtime}\), until \d\d:\d\d \((1\d|20) min left\)"
     assert re.search(told, session.screen.text)
     session.screen.raw = ""
     gpus = session.says("nvidia-smi -L").splitlines()
@@ -182,9 +183,11 @@ def test_the_next_shell_removes_the_container_of_a_daemon_that_was_killed(shell)
         each.await_nothing_left()
 
 
-def test_ctrl_c_while_the_image_is_awaited_ends_it(shell):
-    session = shell("docker-rootless")
-    session.screen.await_text("rootless Docker starts")
+def test_ctrl_c_while_the_image_is_awaited_ends_it(user, shell):
+    """It is loaded, and not there as after the other tests."""
+    fresh = {"runtimes__docker-rootless__data_root": str(user.folder("fresh"))}
+    session = shell("docker-rootless", user.cluster("fresh", **fresh))
+    session.screen.await_text("is loaded unless it is there")
     session.screen.press_ctrl_c()
     assert session.screen.await_exit() == 130
     session.await_nothing_left(60)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
+
+import numpy as np
 
 from cpm_cluster.training.data.corpus import Use
 from cpm_cluster.training.data.mixture import Mixture
 from cpm_cluster.training.data.packing import Batch, PackedRow, PackedStream, Position, best_fit, collate, share_of
-from cpm_cluster.training.data.token_index import AllGather, Samples, Tick, open_samples
+from cpm_cluster.training.data.token_index import Ranks, Samples, open_samples
 from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
@@ -17,25 +20,33 @@ from cpm_cluster.training.settings import Settings
 class TrainingData:
     """Training batches without end, which any attempt and any number of ranks continues in the same order."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        placement: Placement,
-        tokenizer: Tokenizer,
-        all_gather: AllGather,
-        tick: Tick,
-        say: Callable[[str], None],
-    ) -> None:
-        """Read, check and encode the training data. Collective; raises UserError listing what is wrong."""
-        self._training, self._placement = settings.training, placement
-        self.samples = open_samples(settings, "train", tokenizer, placement, all_gather, tick)
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, ranks: Ranks, say: Callable[[str], None]) -> None:
+        """Read, check and encode the training data. Collective; raises what :func:`open_samples` does."""
+        self._training, self._placement = settings.training, ranks.placement
+        self.samples = open_samples(settings, "train", tokenizer, ranks)
         say(described(self.samples, "train", settings))
         weights = [source.weight for source in settings.data.train if source.weight is not None]
         sizes = self.samples.summary.per_source
         self._mixture = Mixture(sizes, weights or None, settings.seed)
-        # Weights and seed, too: together they say which row follows which.
-        self._data = f"{self.samples.summary.fingerprint} seed {settings.seed} weights {weights}"
+        if weights:
+            say(self._mixture_described([source.path for source in settings.data.train]))
+        # Weights, what they are of, and seed, too: together they say which row follows which.
+        weighted = f"{weights} of {sizes}" if weights else "[]"
+        self._data = f"{self.samples.summary.fingerprint} seed {settings.seed} weights {weighted}"
         self._stream = self._stream_from(Position(self._data, 0, 0))
+
+    def _mixture_described(self, paths: Sequence[str]) -> str:
+        """Return a line for people: what weights, which count samples, come to in tokens and in repetition."""
+        sizes, shares = self.samples.summary.per_source, self._mixture.shares
+        starts = np.cumsum([0, *sizes[:-1]])
+        lengths = np.add.reduceat(self.samples.inputs, starts, dtype=np.int64) / sizes
+        tokens = lengths * shares / (lengths * shares).sum()
+        passes = np.array(shares) * sum(sizes) / sizes
+        of_sources = [
+            f"{name} {of_tokens:.1%} of the tokens, {times:.2f} passes an epoch"
+            for name, of_tokens, times in zip(short_names(paths), tokens, passes)
+        ]
+        return "mixture: " + "; ".join(of_sources)
 
     @property
     def position(self) -> Mapping[str, Any]:
@@ -74,34 +85,54 @@ class TrainingData:
 
 
 class EvalBatches:
-    """This rank's batches of the evaluation data, every sample once whatever its weight; made when asked for."""
+    """This rank's batches of some of the evaluation data, every sample once; made when asked for."""
 
-    def __init__(self, samples: Samples, settings: Settings, placement: Placement) -> None:
-        """Pack the samples; every rank gets the same number of batches."""
+    def __init__(self, samples: Samples, numbers: range, settings: Settings, placement: Placement) -> None:
+        """Pack the samples of those numbers; every rank gets the same number of batches."""
         training = settings.training
-        rows = best_fit(samples.inputs.tolist(), training.seq_len)
-        self._samples, self._seq_len = samples, training.seq_len
+        rows = best_fit(samples.inputs[numbers.start : numbers.stop].tolist(), training.seq_len)
+        self._samples, self._first, self._seq_len = samples, numbers.start, training.seq_len
         self._groups = share_of(rows, placement.rank, placement.world_size, training.micro_batch)
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def __iter__(self) -> Iterator[Batch]:
-        return (collate_samples(self._samples, group, self._seq_len) for group in self._groups)
+        for group in self._groups:
+            rows = [[self._first + index for index in row] for row in group]
+            yield collate_samples(self._samples, rows, self._seq_len)
 
 
-def evaluation_batches(
-    settings: Settings,
-    placement: Placement,
-    tokenizer: Tokenizer,
-    all_gather: AllGather,
-    tick: Tick,
-    say: Callable[[str], None],
-) -> EvalBatches:
-    """Read, check and encode the evaluation data. Collective; raises UserError listing what is wrong."""
-    samples = open_samples(settings, "eval", tokenizer, placement, all_gather, tick)
+class EvalSource(NamedTuple):
+    """One source of the evaluation data: a short name of its own, its targets on all ranks, this rank's batches."""
+
+    name: str
+    targets: int
+    batches: EvalBatches
+
+
+def evaluation_sources(
+    settings: Settings, tokenizer: Tokenizer, ranks: Ranks, say: Callable[[str], None]
+) -> list[EvalSource]:
+    """Read, check and encode the evaluation data. Collective; raises what :func:`open_samples` does."""
+    samples = open_samples(settings, "eval", tokenizer, ranks)
     say(described(samples, "eval", settings))
-    return EvalBatches(samples, settings, placement)
+    names = short_names([source.path for source in settings.data.eval])
+    ends = np.cumsum([0, *samples.summary.per_source]).tolist()
+    return [
+        EvalSource(
+            name,
+            int(samples.targets[begin:end].sum(dtype=np.int64)),
+            EvalBatches(samples, range(begin, end), settings, ranks.placement),
+        )
+        for name, begin, end in zip(names, ends, ends[1:])
+    ]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the names of files without folder and suffix; where those are not distinct, the paths."""
+    stems = [Path(path).stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else list(paths)
 
 
 def collate_samples(samples: Samples, rows: Sequence[PackedRow], seq_len: int) -> Batch:

@@ -23,9 +23,22 @@ PART_BYTES = 8 << 20
 _SMALL_PART_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
+# What files of other kinds begin with.
+_NO_LINES_OF_TEXT = {
+    b"\x1f\x8b": "is compressed by gzip; unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; unpack it first",
+    b"\xfd7zXZ\0": "is compressed by xz; unpack it first",
+    b"BZh": "is compressed by bzip2; unpack it first",
+    b"PK\x03\x04": "is a zip archive; unpack it first",
+    b"PAR1": "is Parquet; make jsonl of it",
+    b"\xff\xfe": "is UTF-16; make UTF-8 of it",
+    b"\xfe\xff": "is UTF-16; make UTF-8 of it",
+    b"[": "is one JSON array; write an object a line",
+}
 # Long enough for connected prose, short enough for a row of 256 tokens of the shipped vocabulary.
 _PASSAGE_CHARACTERS = 640
 _FEWEST_WORDS = 5
+CHANGED = "has changed while it was read; begin when it is whole"
 
 Use = Literal["train", "eval"]
 T = TypeVar("T")
@@ -101,6 +114,9 @@ class JsonLines:
                         return
                     yield parse_line(without_mark(line) if position == 0 else line, as_row)
                     position += len(line)
+                # Else the next attempt would find other data, and refuse to go on.
+                if os.fstat(lines.fileno()).st_mtime_ns != self.changed_ns:
+                    yield CHANGED
         except OSError as error:
             yield f"cannot be read: {error.strerror}"
 
@@ -153,6 +169,9 @@ def list_parts(source: str, use: Use, problems: list[str]) -> list[Part]:
         if path.is_dir():
             problems.append(f"{path}: is a folder; write {path}/*.jsonl for the files in it")
             continue
+        if path.exists() and not path.is_file():
+            problems.append(f"{path}: is a pipe or a device; data are read from files, in parts")
+            continue
         try:
             parts.extend(_parts_of_file(path, problems))
         except OSError as error:
@@ -204,12 +223,22 @@ def parse_line(line: bytes, parse: Callable[[dict[str, object]], T | str]) -> T 
     if b"\0" in line:
         return "has NUL bytes, as a file has that was not written to its end"
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return f"is not UTF-8 from byte {error.start + 1} on"
     except (ValueError, RecursionError) as error:
         return f"is not JSON: {error}" if line.strip() else "is not JSON: the line is blank"
     return parse(value) if isinstance(value, dict) else "is not an object"
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return what a JSON object says; raises ValueError if it says a thing twice, of which one would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'it has the key "{twice:.40}" twice')
+    return value
 
 
 def without_mark(text: bytes) -> bytes:
@@ -230,6 +259,12 @@ def as_row(value: dict[str, object]) -> Read:
 
 
 def _parts_of_file(path: Path, problems: list[str]) -> list[Part]:
+    with open(path, "rb") as file:
+        begins = without_mark(file.read(16))
+    other = next((what for magic, what in _NO_LINES_OF_TEXT.items() if begins.startswith(magic)), None)
+    if other is not None:
+        problems.append(f"{path}: {other}")
+        return []
     end = _end_of_text(path)
     if end == 0:
         problems.append(f"{path}: is empty")

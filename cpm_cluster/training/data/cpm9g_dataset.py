@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
-from cpm_cluster.training.data.corpus import Part, Read, as_row
+from cpm_cluster.training.data.corpus import CHANGED, Part, Read, as_row
 
 _META = "meta.bin"
 _RECORD, _END_OF_BLOCK = 0x1F, 0x00
@@ -50,6 +51,7 @@ class Block:
             with open(self.file, "rb") as file:
                 file.seek(self.offset)
                 block = file.read(self.nbytes)
+                changed = os.fstat(file.fileno()).st_mtime_ns != self.changed_ns
         except OSError as error:
             yield f"cannot be read: {error.strerror}"
             return
@@ -65,6 +67,8 @@ class Block:
                 return
             yield _unpickle(block[position : position + length])
             position += length
+        if changed:
+            yield CHANGED
 
     def place(self, row: int, rows_before: int) -> str:
         """See :class:`cpm_cluster.training.data.corpus.Part`."""

@@ -6,9 +6,8 @@ import hashlib
 import json
 from array import array
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Callable
+from typing import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,8 @@ from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.files import write_atomically, write_json
 
 _ROWS_AT_ONCE = 256
+# About a second's work where text is encoded without help of other cores.
+_CHARACTERS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,12 @@ def id_type(tokenizer: Tokenizer) -> str:
     return "H" if tokenizer.size <= 1 << 16 else "I"
 
 
-def encode_part(part: Part, files: PartFiles, tokenizer: Tokenizer, task: str, alive: Callable[[], None]) -> None:
-    """Write the samples of a part, and what is wrong with it; ``alive`` is called every few hundred rows."""
+def encode_part(part: Part, files: PartFiles, tokenizer: Tokenizer, task: str) -> Iterator[None]:
+    """Write the samples of a part, and what is wrong with it; yields every megabyte or so, until all is written."""
     ids, lengths, loss_from = array(id_type(tokenizer)), array("i"), array("i")
     problems: list[tuple[int, str]] = []
     rows, problem_count = 0, 0
-    items = part.read()
-    for group in iter(lambda: list(islice(items, _ROWS_AT_ONCE)), []):
+    for group in _in_groups(part.read()):
         checked = [_for_task(item, task) for item in group]
         wrong = [(rows + number, item) for number, item in enumerate(checked, 1) if isinstance(item, str)]
         problems.extend(wrong[: PROBLEMS_SHOWN - len(problems)])
@@ -80,11 +80,25 @@ def encode_part(part: Part, files: PartFiles, tokenizer: Tokenizer, task: str, a
             ids.frombytes(sample.ids.astype(ids.typecode).tobytes())
             lengths.append(len(sample.ids))
             loss_from.append(sample.loss_from)
-        alive()
+        yield
     table = np.array([lengths, loss_from], dtype=np.int32)
     digest = hashlib.sha256(memoryview(ids))
     digest.update(table.tobytes())
     files.write(ids, table, Found(rows, problems, problem_count, digest.hexdigest()))
+
+
+def _in_groups(items: Iterable[Read]) -> Iterator[list[Read]]:
+    """Put together what is encoded at once: a few hundred rows, or fewer long ones."""
+    group: list[Read] = []
+    characters = 0
+    for item in items:
+        group.append(item)
+        characters += sum(map(len, item)) if isinstance(item, Row) else 0
+        if len(group) == _ROWS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _for_task(item: Read, task: str) -> Read:

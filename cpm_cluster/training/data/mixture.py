@@ -21,7 +21,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 class Mixture:
-    """Sources of ``sizes`` samples, numbered one after the other.
+    """Sources of ``sizes`` samples, numbered one after the other; weights are shares of samples, not of tokens.
 
     Without weights each epoch has every sample once. With weights, draws alternate between the sources in
     exact proportion, to within one sample at the end of each window; a source starts over, in another order,
@@ -31,6 +31,7 @@ class Mixture:
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int, window: int = WINDOW) -> None:
         """Every source must have a sample."""
         self._seed = seed
+        self._generator = np.random.RandomState()
         self._total = sum(sizes)
         if weights is None:
             sizes, weights = [self._total], [1.0]
@@ -39,6 +40,11 @@ class Mixture:
         self._shares = [weight / sum(exact) for weight in exact]
         self._per_epoch = -(-self._total // window)
         self._window = -(-self._total // self._per_epoch)
+
+    @property
+    def shares(self) -> list[float]:
+        """The part of all draws that each source has."""
+        return [float(share) for share in self._shares]
 
     def epoch_of(self, window: int) -> int:
         """Return the epoch (from 0) in which a window lies."""
@@ -57,24 +63,28 @@ class Mixture:
         return together[self.generator("order", number).permutation(len(together))]
 
     def generator(self, *what: object) -> np.random.RandomState:
-        """Return a generator for one purpose; the numbers of this kind never change (NumPy's NEP 19)."""
+        """Return a generator for one purpose; the numbers of this kind never change (NumPy's NEP 19).
+
+        It is valid until the next one is asked for: making one takes many times as long as seeding it anew.
+        """
         digest = hashlib.sha256(repr((self._seed, *what)).encode("ascii")).digest()
-        return np.random.RandomState(np.frombuffer(digest, "<u4"))
+        self._generator.seed(np.frombuffer(digest, "<u4"))
+        return self._generator
 
     def _samples_of(self, source: int, draws: Numbers) -> Numbers:
         """Return the samples of one source that its n-th draws give; each pass is a permutation of its own."""
         size = self._sizes[source]
-        samples = np.empty_like(draws)
-        passes = draws // size
-        for number in np.unique(passes):
-            here = passes == number
-            keys = self.generator("pass", source, int(number)).randint(0, 1 << 32, _ROUNDS, dtype=np.uint64)
-            samples[here] = permuted(draws[here] % size, size, keys)
-        return samples
+        if size == 1:
+            return np.zeros_like(draws)
+        passes, pass_of = np.unique(draws // size, return_inverse=True)
+        keys = np.empty((_ROUNDS, len(passes)), dtype=np.uint64)
+        for column, number in enumerate(passes.tolist()):
+            keys[:, column] = self.generator("pass", source, number).randint(0, 1 << 32, _ROUNDS, dtype=np.uint64)
+        return permuted(draws % size, size, keys[:, pass_of])
 
 
 def permuted(numbers: Numbers, size: int, keys: npt.NDArray[np.uint64]) -> Numbers:
-    """Return where a permutation of ``range(size)`` that the keys choose sends each of the numbers.
+    """Return where permutations of ``range(size)`` send the numbers [n]; ``keys`` [rounds, n] choose that of each.
 
     A Feistel network permutes the next power of four; what falls outside is sent through it again ("cycle
     walking", Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
@@ -83,7 +93,7 @@ def permuted(numbers: Numbers, size: int, keys: npt.NDArray[np.uint64]) -> Numbe
     values = numbers.astype(np.uint64)
     outside = np.ones(len(values), dtype=bool)
     while outside.any():
-        values[outside] = _feistel(values[outside], np.uint64(half), keys)
+        values[outside] = _feistel(values[outside], np.uint64(half), keys[:, outside])
         outside = values >= size
     return values.astype(np.int64)
 

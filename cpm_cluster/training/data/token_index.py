@@ -2,7 +2,8 @@
 
 ``index/USE-KEY/`` in the run directory holds the files of each part of the sources (encoded_part.py), and of all
 parts together ``samples.npy`` and ``summary.json``. The key stands for files, their sizes and times, tokenizer
-and settings. Ranks encode different parts; what an attempt that was stopped has encoded is there for the next.
+and settings. Ranks encode different parts, in rounds of a second: after each they tell one another how far they are,
+and whether to stop. What an attempt that was stopped has encoded is there for the next.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Callable, List, cast
+from typing import Any, Callable, Iterator, List, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +32,16 @@ from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.files import write_atomically, write_json
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings, SourceSettings
+from cpm_cluster.training.stop import Stopped
 
 _FORMAT = 1
 # These leave no text out; fine-tuning has no use for half an answer.
 _SPLIT_BY = ("pretrain", "evaluate")
 _MAPPED_PARTS = 256
 _LONGEST_PAUSE = 1.0
+_SECONDS_A_ROUND = 1.0
+# What a rank says, in place of the bytes that it has encoded, when it wants to stop.
+_STOP = -1
 # start: first id within the part's file; inputs: ids but one; loss_from: as in Sample.
 _SAMPLE = np.dtype([("start", "<i8"), ("inputs", "<i4"), ("loss_from", "<i4")])
 
@@ -44,6 +49,15 @@ _SAMPLE = np.dtype([("start", "<i8"), ("inputs", "<i4"), ("loss_from", "<i4")])
 Tick = Callable[[int, int], None]
 AllGather = Callable[[int], List[int]]
 Table = npt.NDArray[np.void]
+
+
+class Ranks(NamedTuple):
+    """The ranks that read data together, as this one sees them."""
+
+    placement: Placement
+    all_gather: AllGather
+    tick: Tick
+    wants_to_stop: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -87,35 +101,42 @@ class Samples:
         """The length of each sample, as inputs: one less than its ids."""
         return cast("npt.NDArray[np.int32]", self._table["inputs"])
 
+    @property
+    def targets(self) -> npt.NDArray[np.int32]:
+        """How many tokens of each sample carry loss."""
+        targets: npt.NDArray[np.int32] = np.maximum(0, self._table["inputs"] + 1 - self._table["loss_from"])
+        return targets
+
     def _map_part(self, part: int) -> npt.NDArray[Any]:
         return np.asarray(np.memmap(PartFiles(self._directory, part).ids, self._id_type, "r"))
 
 
-def open_samples(
-    settings: Settings, use: Use, tokenizer: Tokenizer, placement: Placement, all_gather: AllGather, tick: Tick
-) -> Samples:
+def open_samples(settings: Settings, use: Use, tokenizer: Tokenizer, ranks: Ranks) -> Samples:
     """Read, check and encode the data of one use, unless that was done before. Collective.
 
-    Raises UserError, the same on every rank, listing what is wrong with the data.
+    Raises UserError, the same on every rank, listing what is wrong with the data; Stopped, on every rank, soon after
+    one wants to stop.
     """
     sources = settings.data.train if use == "train" else settings.data.eval
     listing: list[str] = []
     by_source = [_parts_of(source, settings, use, listing) for source in sources]
-    parts = [part for of_source in by_source for part in of_source]
-    directory = Path(settings.output_dir) / "index" / f"{use}-{_key(settings, tokenizer, parts, listing, all_gather)}"
+    key = _key(settings, tokenizer, by_source, listing, ranks.all_gather)
+    directory = Path(settings.output_dir) / "index" / f"{use}-{key}"
     summary = directory / "summary.json"
-    if not summary.exists():
+    # Of a file that is there for some nodes and not yet for others, rank 0 says whether it is.
+    if not ranks.all_gather(int(summary.exists()))[0]:
         directory.mkdir(parents=True, exist_ok=True)
-        _encode_share(directory, parts, tokenizer, settings.task, placement, tick)
-        if placement.rank == 0:
-            found = _wait_for_parts(directory, parts, tick)
+        parts = [part for of_source in by_source for part in of_source]
+        _encode(directory, parts, tokenizer, settings.task, ranks)
+        if ranks.placement.rank == 0:
+            found = _wait_for_parts(directory, parts, ranks)
             write_json(summary, asdict(_summarise(directory, by_source, found, listing, settings)))
             _remove_others(directory, use)
-        _wait_until(summary.exists, lambda: tick(0, 0))
+    _wait_until(summary.exists, lambda: ranks.tick(0, 0))
     made = Summary(**json.loads(summary.read_text(encoding="utf-8")))
     if made.problem is not None:
-        all_gather(0)  # by then every rank has read it
-        if placement.rank == 0:
+        ranks.all_gather(0)  # by then every rank has read it
+        if ranks.placement.rank == 0:
             # A file that could not be read is as old as ever when it can be again.
             shutil.rmtree(directory, ignore_errors=True)
         raise UserError(made.problem)
@@ -130,10 +151,14 @@ def _parts_of(source: SourceSettings, settings: Settings, use: Use, problems: li
     raise UserError("data.format cpm9g is read by unpickling: write data.trust_pickle: true if you trust the files")
 
 
-def _key(settings: Settings, tokenizer: Tokenizer, parts: list[Part], listing: list[str], all_gather: AllGather) -> str:
+def _key(
+    settings: Settings, tokenizer: Tokenizer, by_source: list[list[Part]], listing: list[str], all_gather: AllGather
+) -> str:
     """Return a name for what is to be encoded, having made sure that all ranks see the same files."""
-    what = [_FORMAT, tokenizer.identity, settings.task, settings.training.seq_len, [part.identity for part in parts]]
-    seen, changed = _digest([*what, listing]), _digest([part.changed_ns for part in parts])
+    identities = [[part.identity for part in parts] for parts in by_source]
+    what = [_FORMAT, tokenizer.identity, settings.task, settings.training.seq_len, identities]
+    seen = _digest([*what, listing])
+    changed = _digest([part.changed_ns for parts in by_source for part in parts])
     if len(set(all_gather(seen))) > 1:
         here = "".join(f"; here, {problem}" for problem in listing[:PROBLEMS_SHOWN])
         raise UserError(f"the ranks see different data: files or their sizes differ between the nodes{here}")
@@ -145,36 +170,54 @@ def _digest(value: object) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(value).encode("ascii")).digest()[:7], "big")
 
 
+def _encode(directory: Path, parts: list[Part], tokenizer: Tokenizer, task: str, ranks: Ranks) -> None:
+    """Encode all parts on all ranks. Collective: no rank waits for another longer than a round takes."""
+    total, done = _bytes_of(parts), 0
+    ranks.tick(0, total)
+    share = _encode_share(directory, parts, tokenizer, task, ranks.placement)
+    while True:
+        until = time.monotonic() + _SECONDS_A_ROUND
+        for reached in share:
+            done = reached
+            if time.monotonic() >= until:
+                break
+        of_ranks = ranks.all_gather(_STOP if ranks.wants_to_stop() else done)
+        if _STOP in of_ranks:
+            raise Stopped
+        ranks.tick(sum(of_ranks), total)
+        if sum(of_ranks) == total:
+            return
+
+
 def _encode_share(
-    directory: Path, parts: list[Part], tokenizer: Tokenizer, task: str, placement: Placement, tick: Tick
-) -> None:
-    """Encode every world_size-th part unless an earlier attempt did."""
-    total, done = sum(part.nbytes for part in parts), 0
-    for number, part in enumerate(parts):
+    directory: Path, parts: list[Part], tokenizer: Tokenizer, task: str, placement: Placement
+) -> Iterator[int]:
+    """Encode every world_size-th part unless an earlier attempt did; yields the bytes done so far, again and again."""
+    done = 0
+    for number in range(placement.rank, len(parts), placement.world_size):
         files = PartFiles(directory, number)
-        if number % placement.world_size == placement.rank and not files.found.exists():
-            tick(done, total)
-            encode_part(part, files, tokenizer, task, lambda reached=done: tick(reached, total))  # type: ignore[misc]
-        # The other ranks are about as far.
-        done += part.nbytes
+        if not files.found.exists():
+            for _ in encode_part(parts[number], files, tokenizer, task):
+                yield done
+        done += parts[number].nbytes
+        yield done
 
 
-def _wait_for_parts(directory: Path, parts: list[Part], tick: Tick) -> list[Found]:
+def _bytes_of(parts: list[Part]) -> int:
+    return sum(part.nbytes for part in parts)
+
+
+def _wait_for_parts(directory: Path, parts: list[Part], ranks: Ranks) -> list[Found]:
+    """Return what the parts have, as soon as this node sees what other nodes have written."""
     files = [PartFiles(directory, number) for number in range(len(parts))]
-    missing = set(range(len(parts)))
-    total = sum(part.nbytes for part in parts)
-
-    def all_there() -> bool:
-        there = set(os.listdir(directory))
-        missing.difference_update([number for number in missing if files[number].found.name in there])
-        return not missing
-
-    _wait_until(all_there, lambda: tick(total - sum(parts[number].nbytes for number in missing), total))
+    names = {file.found.name for file in files}
+    total = _bytes_of(parts)
+    _wait_until(lambda: names.issubset(os.listdir(directory)), lambda: ranks.tick(total, total))
     return [file.read_found() for file in files]
 
 
 def _wait_until(condition: Callable[[], bool], alive: Callable[[], None]) -> None:
-    """Ask again and again: encoding may take longer than any collective waits."""
+    """Ask again and again: joining many parts may take longer than a collective waits."""
     pause = 0.01
     while not condition():
         alive()

@@ -190,8 +190,9 @@ class BMTrainEngine:
         return float(self._summed(float(flag))) > 0
 
     def close(self) -> None:
-        """Drop the model; then, once no rank exchanges anything any more, the communicator."""
-        del self._model, self._trained, self._optimizer, self._manager, self._stage
+        """Drop the model, if it was built; then, once no rank exchanges anything any more, the communicator."""
+        for name in ("_model", "_trained", "_optimizer", "_manager", "_stage"):
+            self.__dict__.pop(name, None)
         gc.collect()
         self._bmt.synchronize()
         self._bmt.nccl.commDestroy(self._bmt.config["comm"])

@@ -18,7 +18,7 @@ from cpm_cluster.training.engines import Accept, StepResult, Update
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.forward_clock import ForwardClock
 from cpm_cluster.training.engines.fsdp import shard_model, shards_mixed_types, whole
-from cpm_cluster.training.engines.initial_weights import fill, open_base_weights
+from cpm_cluster.training.engines.initial_weights import InitialWeights, fill, open_initial_weights
 from cpm_cluster.training.engines.loss_scale import LossScale
 from cpm_cluster.training.engines.passes import decide, last_logits, mean_loss, summed_loss, vector
 from cpm_cluster.training.engines.process_group import announce, choose_device, gather, join_group
@@ -32,7 +32,6 @@ from cpm_cluster.training.engines.torch_state import (
     training_tensors,
 )
 from cpm_cluster.training.errors import UserError
-from cpm_cluster.training.formats.tensor_files import Tensors
 from cpm_cluster.training.model.attention import open_kernel
 from cpm_cluster.training.model.decoder import CPM
 from cpm_cluster.training.model.layers import UninitialisedLayers
@@ -74,7 +73,7 @@ class TorchEngine:
         self._model = CPM(settings.model, settings.training.recompute == "full", layers, kernel)
         if isinstance(settings.method, LoraTuning):
             attach_lora(self._model, settings.method)
-        weights = open_base_weights(self._model, settings)
+        weights = open_initial_weights(self._model, settings)
         self._forward_clock = ForwardClock(self._model.encoder.layers, self._device)
         self._replica: nn.Module = self._distribute(weights)
         self._trained = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
@@ -161,12 +160,13 @@ class TorchEngine:
         return float(self._summed(float(flag))) > 0
 
     def close(self) -> None:
-        """Drop the model, then the process group.
+        """Drop the model, if it was built, then the process group.
 
         A DDP model that outlives the group destroys it while holding Python's lock, and deadlocks with the
         group's own thread when that is about to release a tensor.
         """
-        del self._replica, self._model, self._optimizer, self._trained, self._stager
+        for name in ("_replica", "_model", "_optimizer", "_trained", "_stager"):
+            self.__dict__.pop(name, None)
         gc.collect()
         dist.destroy_process_group()
 
@@ -177,7 +177,7 @@ class TorchEngine:
             return self._compute_type
         return torch.float32
 
-    def _distribute(self, weights: Tensors | None) -> nn.Module:
+    def _distribute(self, weights: InitialWeights) -> nn.Module:
         if self._sharded:
             shard_model(self._model, self._device, self._compute_type, self._settings.training.zero_stage == 3)
         self._model.to_empty(device=self._device)

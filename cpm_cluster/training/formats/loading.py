@@ -26,14 +26,18 @@ def read_base_weights(source: str, model: ModelSettings) -> Tensors:
 
 
 def read_adapter(path: Path) -> Delta:
-    """Return LoRA updates from elsewhere: PEFT's folder, or a ``-delta.pt`` of CPM-9G (see :mod:`opendelta`).
+    """Return LoRA updates from elsewhere: a ``-delta.pt`` of CPM-9G (see :mod:`opendelta`), or PEFT's.
 
-    Raises UserError when it is neither, or cannot be read.
+    PEFT's are named by their folder, or by the ``.safetensors`` in it. Raises UserError when it is neither, or cannot
+    be read.
     """
-    if not path.is_dir():
+    if path.suffix == ".safetensors" and path.name != peft.WEIGHTS:
+        raise UserError(f"{path}: name the folder instead, in which {peft.CONFIG} and {peft.WEIGHTS} lie")
+    if not path.is_dir() and path.suffix != ".safetensors":
         return read_opendelta(path)
-    if (path / peft.CONFIG).is_file():
-        return peft.read_peft(path)
+    folder = path if path.is_dir() else path.parent
+    if (folder / peft.CONFIG).is_file():
+        return peft.read_peft(folder)
     raise UserError(f"{path} is no adapter of PEFT: {peft.CONFIG} is missing")
 
 

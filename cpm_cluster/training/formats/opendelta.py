@@ -19,12 +19,12 @@ ALPHA = 64.0
 
 
 def read_opendelta(path: Path, alpha: float = ALPHA) -> Delta:
-    """Return the updates in a file; raises UserError when it cannot be read or holds anything else."""
+    """Return the updates in a file, for that alpha; raises UserError when it cannot be read or holds anything else."""
     factors = read_tensors(path)
     other = next((name for name in factors if not is_factor(name)), None)
     if other is not None or not factors:
         raise UserError(f"{path} is no LoRA delta: {other or 'nothing'} is in it")
-    return Delta(factors, alpha)
+    return Delta(factors, alpha, alpha_is_assumed=True)
 
 
 def write_opendelta(path: Path, delta: Delta, note: Callable[[str], None]) -> None:

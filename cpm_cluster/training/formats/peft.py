@@ -15,7 +15,7 @@ from cpm_cluster.training.formats.huggingface import our_module, their_module
 from cpm_cluster.training.formats.tensor_files import LazyTensors, open_files, read_json_object, write_safetensors
 from cpm_cluster.training.model.lora import FACTOR_A, FACTOR_B, Delta, split_factor
 
-CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _THEIR_FACTOR = {FACTOR_A: ".lora_A.weight", FACTOR_B: ".lora_B.weight"}
 # What our layers do not have, and how PEFT says that an adapter has not got it either.
@@ -41,7 +41,7 @@ def write_peft(folder: Path, delta: Delta, dropout: float, base: str | None, not
         targets.add(module.rpartition(".")[2])
         tensors[_PREFIX + module + _THEIR_FACTOR[factor]] = delta.factors[name]
         note(name)
-    write_safetensors(folder / _WEIGHTS, tensors)
+    write_safetensors(folder / WEIGHTS, tensors)
     alpha = int(delta.alpha) if delta.alpha == int(delta.alpha) else delta.alpha
     config = {
         "peft_type": "LORA",
@@ -77,7 +77,7 @@ def read_peft(folder: Path) -> Delta:
         raise UserError(f"{path} does not say r and lora_alpha")
     if config.get("use_rslora"):
         alpha = alpha * math.sqrt(rank)  # it scales by alpha / √r
-    tensors = open_files([folder / _WEIGHTS])
+    tensors = open_files([folder / WEIGHTS])
     names = {_our_name(name, folder): name for name in tensors}
     return Delta(LazyTensors({ours: partial(tensors.__getitem__, name) for ours, name in names.items()}), float(alpha))
 
@@ -89,4 +89,4 @@ def _our_name(name: str, folder: Path) -> str:
                 return our_module(name[len(_PREFIX) : -len(theirs)]) + ours
             except KeyError:
                 break
-    raise UserError(f"{folder / _WEIGHTS}: {name} is no update of a layer of Llama")
+    raise UserError(f"{folder / WEIGHTS}: {name} is no update of a layer of Llama")

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from cpm_cluster.training.attempt import open_tokenizer
 from cpm_cluster.training.data.packing import Sample, best_fit, collate, share_of
-from cpm_cluster.training.data.token_index import open_samples
+from cpm_cluster.training.data.token_index import Ranks, open_samples
 from cpm_cluster.training.data.tokenizer import Tokenizer
 from cpm_cluster.training.files import write_json
 from cpm_cluster.training.inference.loaded import Advance, Inference, run_inference
 from cpm_cluster.training.inference.multiple_choice import Score, read_choice_files
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings import Settings
-from cpm_cluster.training.stop import StopRequest
+from cpm_cluster.training.stop import Stopped, StopRequest
 
 
 class Perplexity(NamedTuple):
@@ -43,10 +43,6 @@ class Numbered(Protocol):
         """Return a sample."""
 
 
-class _Stopped(Exception):
-    """Some rank was asked to stop."""
-
-
 def evaluate(settings: Settings, placement: Placement, settings_text: bytes) -> str:
     """Evaluate on this rank; return "finished" or "stopped"."""
     return run_inference(settings, placement, settings_text, "scoring", "batches", _evaluate)
@@ -55,13 +51,13 @@ def evaluate(settings: Settings, placement: Placement, settings_text: bytes) -> 
 def _evaluate(settings: Settings, inference: Inference, stop: StopRequest, advance: Advance) -> str:
     tokenizer, evaluation = open_tokenizer(settings), settings.evaluation
     files = read_choice_files(evaluation.choices, evaluation.shots, settings.seed, tokenizer, settings.training.seq_len)
-    parts = _parts_of_sources(settings, inference, tokenizer, advance) if settings.data.eval else []
-    parts += [Part(file.samples, range(len(file.samples)), settings, inference) for file in files]
-    inference.build()
-    advance.begin(0, sum(len(part.groups) for part in parts))
     try:
+        parts = _parts_of_sources(settings, inference, tokenizer, stop, advance) if settings.data.eval else []
+        parts += [Part(file.samples, range(len(file.samples)), settings, inference) for file in files]
+        inference.build()
+        advance.begin(0, sum(len(part.groups) for part in parts))
         losses = [part.losses(inference, stop, advance) for part in parts]
-    except _Stopped:
+    except Stopped:
         return "stopped"
     measured = zip(settings.data.eval, parts, losses)
     perplexities = [_perplexity(source.path, loss, part.targets) for source, part, loss in measured]
@@ -90,12 +86,12 @@ class Part:
     def losses(self, inference: Inference, stop: StopRequest, advance: Advance) -> Tensor:
         """Return the summed loss of each sample, float64 [samples], of all ranks. Collective.
 
-        Raises _Stopped when a rank is asked to stop.
+        Raises Stopped when a rank is asked to stop.
         """
         sums = torch.zeros(len(self._numbers), dtype=torch.float64)
         for group in self.groups:
             if inference.any_rank(stop.pending):
-                raise _Stopped
+                raise Stopped
             packed = [[self._samples[self._numbers[index]] for index in row] for row in group]
             by_token = inference.token_losses(collate(packed, self._seq_len)).double()
             for indices, samples, row in zip(group, packed, by_token):
@@ -106,10 +102,11 @@ class Part:
         return inference.summed(sums)
 
 
-def _parts_of_sources(settings: Settings, inference: Inference, tokenizer: Tokenizer, advance: Advance) -> list[Part]:
-    samples = open_samples(
-        settings, "eval", tokenizer, inference.placement, inference.all_gather, lambda done, of: advance.alive()
-    )
+def _parts_of_sources(
+    settings: Settings, inference: Inference, tokenizer: Tokenizer, stop: StopRequest, advance: Advance
+) -> list[Part]:
+    ranks = Ranks(inference.placement, inference.all_gather, lambda done, of: advance.alive(), lambda: stop.pending)
+    samples = open_samples(settings, "eval", tokenizer, ranks)
     ends = np.cumsum([0, *samples.summary.per_source]).tolist()
     return [Part(samples, range(begin, end), settings, inference) for begin, end in zip(ends, ends[1:])]
 

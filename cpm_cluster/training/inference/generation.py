@@ -165,6 +165,7 @@ class Answers:
         self._way: dict[str, object] = {
             "model": asdict(settings.model),
             "init_from": settings.init_from,
+            "adapter": settings.adapter,
             "tokenizer": settings.tokenizer,
             "seed": settings.seed,
             # How many at a time makes no difference.

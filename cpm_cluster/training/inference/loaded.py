@@ -18,12 +18,13 @@ from cpm_cluster.training.attempt import attempt, write_outcome
 from cpm_cluster.training.data.packing import IGNORED, Batch
 from cpm_cluster.training.engines.determinism import compute_deterministically
 from cpm_cluster.training.engines.fsdp import shard_model
-from cpm_cluster.training.engines.initial_weights import fill, open_base_weights
+from cpm_cluster.training.engines.initial_weights import fill, open_initial_weights
 from cpm_cluster.training.engines.process_group import announce, choose_device, gather, join_group
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.model.attention import KeyValueCache, open_kernel, segments_of
 from cpm_cluster.training.model.decoder import CPM
 from cpm_cluster.training.model.layers import UninitialisedLayers
+from cpm_cluster.training.model.lora import attach_lora
 from cpm_cluster.training.placement import Placement, confirm_world
 from cpm_cluster.training.reporting.heartbeat import Heartbeat
 from cpm_cluster.training.reporting.progress import Progress
@@ -51,11 +52,17 @@ class Inference:
         join_group(placement, self.device)
 
     def build(self) -> None:
-        """Read the weights of ``init_from``; raises UserError when they do not fit the model."""
+        """Read the weights of ``init_from``, and those of ``adapter``; raises UserError when they do not fit.
+
+        LoRA layers stay beside the base, which is read as it lies there.
+        """
         settings = self._settings
         kernel = open_kernel(settings, self.rank, self.device, self._type)
         model = CPM(settings.model, make=UninitialisedLayers(self._type), kernel=kernel)
-        weights = open_base_weights(model, settings)
+        if isinstance(settings.method, LoraTuning):
+            attach_lora(model, settings.method)
+            model.to(self._type)
+        weights = open_initial_weights(model, settings)
         model.requires_grad_(False)
         if self.sharded:
             shard_model(model, self.device, None, settings.training.zero_stage == 3)
@@ -103,8 +110,8 @@ class Inference:
         return bool(self.summed(torch.tensor([float(flag)]))[0] > 0)
 
     def close(self) -> None:
-        """Drop the model, then leave the group."""
-        del self._model
+        """Drop the model, if it was built, then leave the group."""
+        self.__dict__.pop("_model", None)
         gc.collect()
         dist.destroy_process_group()
 
@@ -112,11 +119,8 @@ class Inference:
 def _require_inference(settings: Settings) -> None:
     if settings.engine != "torch":
         raise UserError(f"task {settings.task} runs on engine torch, not on {settings.engine}; write engine: torch")
-    if isinstance(settings.method, LoraTuning):
-        raise UserError(
-            f"task {settings.task} reads whole weights, and method is lora: fold the updates into them first"
-            " (cpm export --merge), name the result in init_from, and write method: full"
-        )
+    if isinstance(settings.method, LoraTuning) and settings.adapter is None:
+        raise UserError(f"method.lora.init_from: task {settings.task} needs the trained updates; or write method: full")
     if settings.init_from is None:
         raise UserError(f"init_from: task {settings.task} needs trained weights")
 

@@ -303,7 +303,8 @@ def choose_kernel(wanted: str, demands: Demands) -> Kernel:
             reasons.append(str(reason))
         else:
             return kernel._replace(dtype=demands.dtype, why="; ".join(reasons))
-    raise UserError(f"training.attention: {wanted} cannot run here: {reasons[0]}; write auto, or sdpa")
+    instead = portable_kernel().name
+    raise UserError(f"training.attention: {wanted} cannot run here: {reasons[0]}; write auto, or {instead}")
 
 
 def _load_flash(demands: Demands) -> Kernel:

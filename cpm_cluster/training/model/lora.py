@@ -60,15 +60,18 @@ def attach_lora(model: nn.Module, lora: LoraTuning) -> None:
 
 
 class Delta:
-    """The updates of a model: factors A and B by their names in the state dict, and the alpha of all of them."""
+    """The updates of a model: factors A and B by their names in the state dict, and the alpha of all of them.
 
-    def __init__(self, factors: Mapping[str, Tensor], alpha: float) -> None:
-        self.factors, self.alpha = factors, alpha
+    ``alpha_is_assumed`` where the file does not say it.
+    """
+
+    def __init__(self, factors: Mapping[str, Tensor], alpha: float, alpha_is_assumed: bool = False) -> None:
+        self.factors, self.alpha, self.alpha_is_assumed = factors, alpha, alpha_is_assumed
 
     @property
     def rank(self) -> int:
         """The rank; raises UserError where layers differ in it."""
-        ranks = {int(self.factors[name].shape[0]) for name in self.factors if name.endswith(FACTOR_A)}
+        ranks = {sum(self.factors[name].shape[:1]) for name in self.factors if name.endswith(FACTOR_A)}
         if len(ranks) != 1:
             raise UserError(f"the updates have ranks {sorted(ranks)}, and one is needed")
         return ranks.pop()

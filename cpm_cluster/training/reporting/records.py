@@ -3,7 +3,8 @@
 A line of ``metrics.jsonl`` every ``log_every`` steps has the keys of ``_TAGS``, which are the TensorBoard tags under
 ``tb/``, and ``time``, ``step`` and ``events``: what the loss guard did since the last line, one text each. Its units:
 
-* ``loss/train``, ``loss/eval``: nats per target token
+* ``loss/train``, ``loss/eval``: nats per target token; ``loss/eval/NAME``, ``eval_losses`` in the line: those of each
+  of several sources, by the names of their files
 * ``optimizer/lr``, ``optimizer/grad_norm`` (before clipping; missing where it is no number), ``optimizer/loss_scale``
 * ``speed/tokens_per_second`` of all ranks, ``speed/tokens_per_second_per_rank``, ``speed/step_seconds``, ``speed/mfu``
   (a fraction): over the last twenty steps, evaluation and saving left out
@@ -79,10 +80,13 @@ class Records:
         if self._board is None:
             return
         record = {**{key: finite_or_none(value) for key, value in record.items()}, "events": self._events}
+        of_sources = {name: finite_or_none(loss) for name, loss in record.get("eval_losses", {}).items()}
+        record["eval_losses"] = of_sources
         self._events = []
         _append(self._metrics, record)
         print(step_line(record, self._steps), flush=True)
         known = {tag: record[key] for key, tag in _TAGS.items() if record.get(key) is not None}
+        known.update({f"loss/eval/{name}": loss for name, loss in of_sources.items() if loss is not None})
         self._board.scalars(known, record["step"], record["time"])
         if time.monotonic() - self._flushed_at > _SECONDS_BETWEEN_FLUSHES:
             self._board.flush()

@@ -286,6 +286,29 @@ def test_what_an_earlier_start_left_in_its_folder_is_gone(daemon, plan, site):
     assert (docker.folder / "docker.sock").read_text() == ""
 
 
+def test_what_dead_jobs_left_is_swept_and_what_is_in_use_is_not(daemon, plan, site, tmp_path):
+    """A folder that an agent left which was killed with its guard; Slurm knows job 18 alone."""
+    site.has("squeue", 'case "$*" in *--jobs=18*) echo RUNNING ;; *) echo Invalid job id >&2; exit 1 ;; esac\n')
+    data_root = tmp_path / "other-data"
+    uid = os.getuid()
+    names = (f"cpm-{uid}-5.1-0", f"cpm-{uid}-18.1-0", f"cpm-{uid}-6.1-3", f"cpm-{uid + 1}-5.1-0", "cpm-sandbox")
+    dead, alive, held, of_another_user, of_nobody = (site.runtime / name for name in names)
+    for folder in (dead, alive, held, of_another_user, of_nobody):
+        folder.mkdir()
+        (folder / "docker.pid").touch()
+    (dead / "data-root").symlink_to(tmp_path / "gone/0")
+    (held / "data-root").symlink_to(data_root)
+    lock = rootless_docker._locked(data_root)
+
+    docker = daemon()
+    docker.start(plan)
+
+    assert set(site.runtime.iterdir()) == {alive, held, of_another_user, of_nobody, docker.folder}
+    lock.close()
+    daemon("8").start(plan)
+    assert not held.exists()
+
+
 def test_its_processes_end_with_the_first_of_them(daemon, plan, site):
     """In a process namespace: Slurm's SIGKILL does not reach a container's own control group of version 1."""
     daemon().start(plan)

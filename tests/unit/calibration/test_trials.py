@@ -44,6 +44,11 @@ def test_differ_in_what_tells_weights_activations_and_constants_apart(packaged, 
     assert {setup.shape.hidden for setup in setups} == {job_setup(packaged(job)).shape.hidden}
 
 
+def test_begin_with_no_adapter_of_the_real_model(packaged):
+    job = packaged("lora_10b", "method.lora.init_from=/CPM-9G/adapter")
+    assert {trial.spec.method.init_from for trial in trials(job, judge)} == {None}
+
+
 def test_take_about_two_minutes_together(packaged):
     for trial in trials(packaged("full_10b"), judge):
         planned = judge(trial.spec).time

@@ -59,10 +59,10 @@ def calibrate(capsys, monkeypatch, tmp_path: Path):
         "utf-8",
     )
 
-    def run(*codes: int) -> tuple[int, str, str]:
+    def run(*codes: int, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
         monkeypatch.setattr(FakeScheduler, "codes", list(codes))
         with pytest.raises(SystemExit) as ended:
-            main(["calibrate", "mine.yaml"])
+            main(["calibrate", "mine.yaml", *options])
         said = capsys.readouterr()
         return ended.value.code, said.out, said.err
 
@@ -99,3 +99,48 @@ def test_where_all_fail_nothing_is_calibrated(calibrate, tmp_path: Path) -> None
     assert code == exit_codes.FAILED
     assert "nothing was calibrated" in errors and text.count("says why") == 3
     assert not (tmp_path / "config").exists()
+
+
+def test_json_has_the_trials_and_what_they_came_to(calibrate, tmp_path: Path) -> None:
+    code, text, told = calibrate(0, 1, 0, options=("--json",))
+    found = json.loads(text)
+    assert code == exit_codes.OK
+    assert [(trial["state"], trial["what"][:15]) for trial in found["trials"]] == [
+        ("finished", "2 of 4 layers, "),
+        ("failed", "4 of 4 layers, "),
+        ("finished", "2 of 4 layers, "),
+    ]
+    assert all(trial["steps"] > 0 and Path(trial["run_dir"]).name == trial["run"] for trial in found["trials"])
+    calibration = found["calibration"]
+    assert calibration["subject"] == {"image": "", "gpu": "cpu", "engine": "ddp"}
+    assert calibration["runs"] == [trial["run"] for trial in found["trials"] if trial["state"] == "finished"]
+    assert calibration["gpu_memory"] is None
+    assert calibration["step_time"]["multipliers"]["compute"] == pytest.approx(2.9, abs=0.1)
+    assert found["enough"] is False
+    assert [(left["run"], left["why"][:9]) for left in found["refused"]] == [(found["trials"][1]["run"], "is failed")]
+    assert found["path"] == f"{tmp_path}/config/cpm-cluster/calibration/no-image-cpu-ddp.yaml"
+    assert "run 2 of 3" in told  # beside the data, for whoever waits
+
+
+def test_json_of_a_dry_run_has_the_trials_alone(calibrate, tmp_path: Path) -> None:
+    code, text, _ = calibrate(options=("--json", "--dry-run"))
+    trials = json.loads(text)["trials"]
+    assert code == exit_codes.OK and [set(trial) for trial in trials] == [{"what", "steps"}] * 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_json_of_a_failure_says_why_beside_the_trials(calibrate) -> None:
+    code, text, _ = calibrate(1, 1, 1, options=("--json",))
+    found = json.loads(text)
+    assert code == exit_codes.FAILED
+    assert found["error"].startswith("nothing was calibrated:")
+    assert [trial["state"] for trial in found["trials"]] == ["failed"] * 3
+
+
+def test_runs_that_are_there_give_the_same_json(calibrate, capsys) -> None:
+    _, text, _ = calibrate(0, 0, 0, options=("--json",))
+    made = json.loads(text)
+    for words in (["--json", *made["calibration"]["runs"]], [*made["calibration"]["runs"], "--json"]):
+        with pytest.raises(SystemExit):
+            main(["plan", "--calibrate", *words])
+        assert json.loads(capsys.readouterr().out) == {key: made[key] for key in made if key != "trials"}

@@ -50,6 +50,12 @@ def test_lora_stays_lora():
     assert spec.method.rank == 4
 
 
+def test_an_adapter_to_begin_with_is_of_the_real_model():
+    job = packaged("lora_100b", "method.lora.init_from=/CPM-9G/adapter").spec
+    assert job.method.init_from == "/CPM-9G/adapter"
+    assert rehearsed(job).spec.method.init_from is None
+
+
 def test_a_program_of_the_users_own_is_not_touched():
     job = packaged("sft_cpm9g_command").spec
     assert rehearsed(job).spec.command == job.command

@@ -137,6 +137,24 @@ class TestMounts:
             f"type=bind,source={folder},target={folder},readonly" for folder in ("/corpus/a", "/corpus/b", "/weights")
         ]
 
+    @pytest.mark.parametrize(
+        ("adapter", "seen"),
+        [
+            ("/runs/tuned-0001", "/runs/tuned-0001"),
+            ("/runs/tuned-0001/weights/delta.pt", "/runs/tuned-0001"),  # beside its trainer.json
+            ("/adapters/peft", "/adapters/peft"),
+            ("/adapters/peft/adapter_model.safetensors", "/adapters/peft"),
+            ("/adapters/nine-g/cpm-delta.pt", "/adapters/nine-g"),
+            ("/tmp/cpm-delta.pt", "/tmp/cpm-delta.pt"),
+        ],
+    )
+    def test_an_adapter_is_seen_with_what_describes_it(self, adapter: str, seen: str, tmp_path: Path) -> None:
+        job = MINIMAL.replace("/data/rows.jsonl", "builtin:python-reference")
+        plan = _plan(tmp_path, "runtime=docker", job=job + f"method: {{lora: {{init_from: {adapter}}}}}\n")
+        assert options_of(plan, "mount")[2:] == [f"type=bind,source={seen},target={seen},readonly"]
+        assert plan.trainer is not None
+        assert plan.trainer["adapter"] == adapter and "init_from" not in plan.trainer["method"]
+
     @pytest.mark.parametrize("pattern", ["*.jsonl", "*/rows.jsonl", "**/*.jsonl", "2023-[01]?/a/b.jsonl"])
     def test_a_pattern_is_seen_from_the_folder_before_its_first_wildcard_on(self, pattern: str, tmp_path: Path) -> None:
         job = MINIMAL.replace("/data/rows.jsonl", f"'/corpus/a/{pattern}'")

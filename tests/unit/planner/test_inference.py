@@ -41,6 +41,20 @@ def test_sharded_weights_are_gathered_a_few_blocks_at_a_time(tmp_path: Path) -> 
     assert sizes(small(tmp_path, "training.zero_stage=2", job=GENERATE))["gathered weights"] == 2 * N
 
 
+def test_an_adapter_is_beside_the_weights_and_sharded_as_they_are(tmp_path: Path) -> None:
+    lora = "method: {lora: {rank: 8, init_from: /adapter, targets: [project_q, w_out]}}\n"
+    adapter = 8 * 10 * ((2048 + 2048) + (8192 + 2048))
+    changes = [f"training.zero_stage={stage}" for stage in (0, 2, 3)]
+    whole, gathered, sharded = (sizes(small(tmp_path, change, job=GENERATE + lora)) for change in changes)
+    assert whole["weights"] == 2 * N and whole["adapter"] == 2 * adapter
+    assert gathered["adapter"] == sharded["adapter"] == 2 * adapter // 8
+    assert gathered["gathered weights"] == 2 * (N + adapter)
+    without = sizes(small(tmp_path, changes[2], job=GENERATE))
+    assert sharded["gathered blocks"] == pytest.approx(without["gathered blocks"] + 3 * 2 * adapter / 10, abs=1)
+    assert sharded["weights"] == without["weights"] and "adapter" not in without
+    assert whole["one block"] > sizes(small(tmp_path, changes[0], job=GENERATE))["one block"]
+
+
 def test_evaluation_has_logits_of_every_token_and_no_cache(tmp_path: Path) -> None:
     parts = sizes(small(tmp_path, "training.zero_stage=0", job=EVALUATE))
     assert parts["logits"] == 2 * 4096 * 2 * 1024 + 8 * 4096 * 1024

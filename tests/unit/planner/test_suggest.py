@@ -68,6 +68,10 @@ class TestSearch:
         options = suggest(packaged("lora_100b")).options
         assert {8, 64, 128} <= {option.lora_rank for option in options}
 
+    def test_keeps_the_rank_of_an_adapter_to_begin_with(self) -> None:
+        options = suggest(packaged("lora_100b", "method.lora.init_from=/CPM-9G/adapter")).options
+        assert {option.lora_rank for option in options} == {packaged("lora_100b").method.rank}
+
     def test_thousands_of_configurations_are_considered(self, tmp_path: Path) -> None:
         many = ("engine=deepspeed", "method=lora", "training.grad_accum=64")
         found = suggest(small(tmp_path, *many, site="gpu: a100-80g\nnodes: 32\ngpus_per_node: 8"))

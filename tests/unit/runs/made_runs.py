@@ -21,7 +21,7 @@ def container(**settings: Any) -> Container:
     """A container of which only some settings matter."""
     empty = {str: "", bool: False}
     unused = {name: empty.get(hint) for name, hint in get_type_hints(Container).items()}
-    return Container(**(unused | {"mounts": (), "sm": ()} | settings))  # type: ignore[arg-type]
+    return Container(**{**unused, "mounts": (), "sm": (), **settings})  # type: ignore[arg-type]
 
 
 class MadeRun:
@@ -54,7 +54,7 @@ class MadeRun:
             "workdir_set_by": "computed",
             "trainer": {} if trainer else None,
         }
-        self.run = Run(RunLayout(root), LaunchPlan(**(settings | plan)))  # type: ignore[arg-type]
+        self.run = Run(RunLayout(root), LaunchPlan(**{**settings, **plan}))  # type: ignore[arg-type]
         write_text(self.run.files.plan, self.run.plan.to_json())
 
     def submitted(self, attempt: int = 1) -> MadeRun:
@@ -74,7 +74,7 @@ class MadeRun:
     def exited(self, code: int, attempt: int = 1, node: str = "n1", ended: float = 1.0, **more: Any) -> MadeRun:
         """The agent of a node records how its attempt ended."""
         record = {"node": node, "attempt": attempt, "exit_code": code, "ended": ended, "stopped_by": None}
-        write_json(self.run.files.exit_record(node), record | more)
+        write_json(self.run.files.exit_record(node), {**record, **more})
         return self.event("exit", node, attempt=attempt, exit_code=code)
 
     def cancelled(self) -> MadeRun:
@@ -90,7 +90,7 @@ class MadeRun:
     def rank_error(self, rank: int, time: float, type_: str = "RuntimeError", **more: Any) -> MadeRun:
         """What a rank of the trainer records when it fails."""
         record = {"rank": rank, "type": type_, "message": f"of rank {rank}", "time": time, "user_error": False}
-        return self.file(f"errors/rank-{rank}.json", record | {"file": "/x/y.py", "line": 7} | more)
+        return self.file(f"errors/rank-{rank}.json", {**record, "file": "/x/y.py", "line": 7, **more})
 
 
 @pytest.fixture

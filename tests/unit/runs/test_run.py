@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from importlib.metadata import Distribution
+from pathlib import Path
 
 import pytest
 
-from cpm_cluster.runs import create, provenance
+from cpm_cluster.runs import provenance, snapshot
 from cpm_cluster.runs.create import Records, create_run
 from cpm_cluster.runs.records import read_json
-from cpm_cluster.runs.run import ID_PATTERN, RunError, all_runs, find_run, new_run_id, open_run, run_directory
+from cpm_cluster.runs.run import (
+    ID_PATTERN,
+    RunError,
+    all_runs,
+    find_run,
+    new_run_id,
+    open_run,
+    read_submission,
+    run_directory,
+)
 
 RECORDS = Records(job=b"name: x  # \xc3\xa4\n", resolved="name: x\n", script="#!/bin/bash\n", fit="{}\n")
 
@@ -71,6 +82,8 @@ def test_names_that_find_nothing_or_too_much(runs_dir, tmp_path):
         find_run(runs_dir, "x")
     with pytest.raises(RunError, match="empty"):
         find_run(runs_dir, "")
+    with pytest.raises(RunError, match="is no run in"):
+        find_run(runs_dir, "x" * 300)  # longer than a file may be named
     with pytest.raises(RunError, match="there are no runs in .*cpm-submit JOB makes one"):
         find_run(tmp_path / "nowhere", None)
 
@@ -81,6 +94,29 @@ def test_a_run_whose_plan_is_broken_or_of_another_version(runs_dir):
         (folder / "launch.json").write_text(content)
         with pytest.raises(RunError, match=r"launch\.json"):
             open_run(folder)
+
+
+def test_a_run_of_someone_who_lets_nobody_read_it(runs_dir, monkeypatch):
+    def refuse(*arguments, **options):  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(RunError, match="b-20260102-030405-0001 cannot be read: Permission denied; its owner can let"):
+        find_run(runs_dir, "b")
+    assert list(all_runs(runs_dir)) == []
+
+
+@pytest.mark.parametrize(
+    "content", ['{"time": 1}', "[]", '{"scheduler": 5, "job_id": "1", "host": "h"}', "[" * 3000, '{"attempt": "x"}']
+)
+def test_a_damaged_submission_is_a_sentence_or_none(runs_dir, content):
+    run = find_run(runs_dir, "b")
+    run.files.submission.write_text(content)
+    if content.startswith("["):
+        assert read_submission(run) is None
+    else:
+        with pytest.raises(RunError, match=r"submission\.json is damaged"):
+            read_submission(run)
 
 
 @pytest.fixture
@@ -112,14 +148,15 @@ def test_a_new_run_holds_its_records(plan_in, tmp_path):
 
 
 def test_a_run_that_cannot_be_made_leaves_nothing(plan_in, tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
+    def full(source, target, **options):
+        raise OSError(28, "No space left on device", str(source))
 
-    monkeypatch.setattr(create, "write_text", full)
+    monkeypatch.setattr(snapshot.shutil, "copy2", full)
     runs_dir = tmp_path / "there"
     runs_dir.mkdir()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device; free some, or choose .*CPM_RUNS_DIR") as caught:
         create_run(plan_in(runs_dir), RECORDS, None)
+    assert caught.value.filename == str(runs_dir)
     assert list(runs_dir.iterdir()) == []
 
 

@@ -42,7 +42,7 @@ def test_another_python_is_its_owners_business_and_a_command_needs_none(plan, ma
     open_scheduler("local").require(made_run(trainer=False, program=ANY_PROGRAM).run.plan)
 
 
-@pytest.mark.parametrize("key", ["train", "eval", "init_from", "tokenizer"])
+@pytest.mark.parametrize("key", ["train", "eval", "init_from", "adapter", "tokenizer"])
 def test_a_file_that_is_not_there_is_missed(plan, tmp_path, key):
     there, missing = tmp_path / "there", tmp_path / "missing"
     there.touch()

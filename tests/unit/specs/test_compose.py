@@ -283,12 +283,14 @@ def test_configs_are_looked_up_in_the_working_folder_the_home_and_the_package(tm
 def test_relative_paths_start_at_the_job_file(load, cpu_job, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     job = cpu_job.replace("rows.jsonl", "[rows.jsonl, /abs/x.jsonl, ~/y.jsonl, builtin:python-reference]")
+    job += "method: {lora: {init_from: runs/tuned}}\n"
     spec = load(job + "code: src\ninit_from: ../w.pt\ntokenizer: vocab.txt\nmounts: {~/data: /data, /a.b/c: /c:ro}\n")
 
     rows = (f"{tmp_path}/rows.jsonl", "/abs/x.jsonl", "/home/ada/y.jsonl", "builtin:python-reference")
     assert tuple(source.path for source in spec.data.train) == rows
     assert spec.code == f"{tmp_path}/src"
     assert spec.init_from == f"{tmp_path}/../w.pt"
+    assert spec.method.init_from == f"{tmp_path}/runs/tuned"
     assert spec.tokenizer == f"{tmp_path}/vocab.txt"
     assert spec.mounts == {"/home/ada/data": "/data", "/a.b/c": "/c:ro"}
     assert spec.origins["mounts./home/ada/data"].set_by == "job"

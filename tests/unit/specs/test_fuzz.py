@@ -15,7 +15,7 @@ from cpm_cluster.specs.catalogue import Catalogue
 from cpm_cluster.specs.compose import load_job
 from cpm_cluster.specs.fields import Choice, ListOf, MapOf, Section, Text
 from cpm_cluster.specs.image import Image
-from cpm_cluster.specs.job import JobSpec, MethodField, Reference, Source, SourceField
+from cpm_cluster.specs.job import JobSpec, Lora, MethodField, Reference, Source, SourceField
 from cpm_cluster.specs.model import Model
 from cpm_cluster.specs.problems import SpecError
 
@@ -33,7 +33,7 @@ JOB = {
     "name": "demo",
     "description": "for the fuzz",
     "model": {"base": "tiny", "layers": 3, "block": "cpm9g", "assumed": "all", "source": "us"},
-    "method": {"lora": {"rank": 4, "targets": ["project_q", "w_out"]}},
+    "method": {"lora": {"rank": 4, "targets": ["project_q", "w_out"], "init_from": "adapter"}},
     "init_from": "weights.pt",
     "tokenizer": "vocab.txt",
     "profile": "lora-8x80g",
@@ -88,6 +88,7 @@ COMMAND_JOB = {
     "model": "tiny",
     "workload": {"mode": "train", "engine": "bmtrain", "precision": "fp16", "recompute": "full", "seq_len": 2048},
 }
+PATHS = {"data.train", "data.eval", "evaluation.choices", "code", "init_from", "method.lora.init_from", "tokenizer"}
 LOOKED_UP = {"model.base", "image.base", "profile", "cluster"}  # a name leads to something else
 
 
@@ -282,7 +283,9 @@ def test_the_job_of_these_tests_is_good_and_has_every_key_that_takes_text(job_fi
             inner = type_.spec if isinstance(type_, (Section, Reference)) else None
             if inner:
                 yield from keys(inner, (*at, field.name))
-            elif isinstance(type_, (Text, Choice, MethodField)) or (
+            elif isinstance(type_, MethodField):
+                yield from keys(Lora, (*at, field.name, "lora"))
+            elif isinstance(type_, (Text, Choice)) or (
                 isinstance(type_, (ListOf, MapOf)) and isinstance(type_[0], (Text, Choice, SourceField))
             ):
                 yield (*at, field.name)
@@ -305,7 +308,7 @@ def test_any_text_in_a_string_is_refused_or_held_exactly(job_file, at, text, way
         dotted = ".".join(map(str, at[:-1] if isinstance(at[-1], int) else at))
         if dotted in LOOKED_UP:
             assert text in (value_at(JOB, at), spec.model_name, spec.cluster_name, spec.profile)
-        elif dotted in ("data.train", "data.eval", "evaluation.choices", "code", "init_from", "tokenizer"):
+        elif dotted in PATHS:
             if not text.startswith("builtin:") and text not in ("bytes", "nine-g"):
                 assert in_spec(spec, at) == str(job_file.parent / os.path.expanduser(text))
         elif dotted not in ("resources.shm", "time_limit"):

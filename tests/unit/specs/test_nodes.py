@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cpm_cluster.specs.nodes import (
@@ -117,15 +119,17 @@ def test_an_alias_stands_for_the_value_that_it_repeats():
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path):
     (tmp_path / "large.yaml").write_bytes(b"a: 1\n" * 300_000)
+    os.mkfifo(tmp_path / "pipe.yaml")  # to which nobody writes
     problems = []
 
-    for name in ("missing.yaml", ".", "large.yaml", "n\0l"):
+    for name in ("missing.yaml", ".", "large.yaml", "pipe.yaml", "n\0l"):
         assert read_yaml(tmp_path / name, "job", problems, shown_as=name) is None
 
     assert [str(problem) for problem in problems] == [
         "missing.yaml: cannot be read: No such file or directory",
         ".: cannot be read: Is a directory",
         "large.yaml: is larger than 1 MiB; that is not a file of this kind",
+        "pipe.yaml: is a pipe or a device; save it as a file",
         r"n\x00l: cannot be read: embedded null byte",
     ]
 

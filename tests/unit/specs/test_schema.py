@@ -25,7 +25,9 @@ FULL_JOB = {
     "name": "demo",
     "description": "all sections",
     "model": {"base": "tiny", "layers": 3, "norm_eps": 1e-6, "assumed": "layers"},
-    "method": {"lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["project_q", "w_out"]}},
+    "method": {
+        "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1, "targets": ["project_q", "w_out"], "init_from": "adapter"}
+    },
     "init_from": "weights.pt",
     "tokenizer": "nine-g",
     "profile": "lora-8x80g",

@@ -1,9 +1,10 @@
-"""Runs with engine bmtrain on an unmodified BMTrain, on CPUs."""
+"""Runs with engine bmtrain on an unmodified BMTrain, on CPUs, and runs to compare them with."""
 
 from __future__ import annotations
 
 from functools import partial
 
+from torch_here import DCP_REFUSAL
 from training_ranks import finish, start_ranks
 
 
@@ -11,6 +12,31 @@ def train(version: str, run, world_size: int = 2, first_loss_scale: float | None
     """Train a TinyRun to its end; return the exit codes."""
     prepare = partial(_prepare, version, first_loss_scale)
     return finish(start_ranks(run.write_settings(), world_size, run.directory, prepare=prepare))
+
+
+def train_reference(run, world_size: int = 1) -> list[int]:
+    """Train a TinyRun with engine torch, without its checkpoints where torch is too old for them."""
+    prepare = _keep_no_state if DCP_REFUSAL else None
+    return finish(start_ranks(run.write_settings(), world_size, run.directory, prepare=prepare))
+
+
+class _NoState:
+    live = False
+
+    def write(self) -> list:
+        """Write nothing."""
+        return []
+
+    def gather_index(self):
+        """Exchange nothing."""
+        return list
+
+
+def _keep_no_state(rank: int) -> None:
+    from cpm_cluster.training.engines import torch_engine
+
+    torch_engine.require_dcp = lambda: None
+    torch_engine.TorchEngine.stage_state = lambda engine, directory: _NoState()
 
 
 def _prepare(version: str, first_loss_scale: float | None, rank: int) -> None:

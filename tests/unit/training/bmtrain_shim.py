@@ -69,8 +69,24 @@ class _CudaIsCpu(TorchFunctionMode):
             return True
         if function in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
-        named = {name: _on_cpu(value) for name, value in kwargs.items() if name != "pin_memory"}
-        return function(*(_on_cpu(value) for value in args), **named)
+        args = tuple(_on_cpu(value) for value in args)
+        kwargs = {name: _on_cpu(value) for name, value in kwargs.items() if name != "pin_memory"}
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "not implemented for 'Half'" not in str(error):
+                raise
+            return _in_fp32(function, args, kwargs)
+
+
+def _in_fp32(function, args, kwargs):
+    """Compute in fp32 and round, as a GPU does: torch 1.13 has few operations in fp16 for CPUs."""
+    widened = (value.float() if _is_half(value) else value for value in args)
+    return function(*widened, **kwargs).half()
+
+
+def _is_half(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float16
 
 
 def _keep_in_backward(mode: TorchFunctionMode) -> None:

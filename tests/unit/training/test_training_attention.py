@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny_runs import initialise
+from tiny_runs import initialise, paired
 from torch.nn import functional
+from torch_here import HAS_SDPA
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.model.attention import (
@@ -27,6 +28,7 @@ from cpm_cluster.training.model.attention import (
 from cpm_cluster.training.model.decoder import CPM
 
 CPU = torch.device("cpu")
+PORTABLE = "sdpa" if HAS_SDPA else "math"
 HALF_ON_CPU = Demands(CPU, torch.bfloat16, 64, deterministic=False)
 
 # Uneven documents, some of one token, padding at the end of rows; and rows of one document each.
@@ -106,13 +108,15 @@ def assert_as_exact_as_the_naive_way(
         run(naive, tensors, dtype),
         run(compute, tensors, dtype),
     )
-    for name, right, theirs, mine in zip(("result", "dq", "dk", "dv"), exact, same_type, ours, strict=True):
+    for name, right, theirs, mine in paired(("result", "dq", "dk", "dv"), exact, same_type, ours):
         error, allowed = (mine - right).abs().max(), factor * (theirs - right).abs().max()
         assert error <= allowed + torch.finfo(dtype).eps * 1e-2, f"{name}: {error:.2e} > {allowed:.2e}"
 
 
 def kernels_of(name: str):
     """The kernel that a name in the settings means on a CPU."""
+    if name == "sdpa" and not HAS_SDPA:
+        pytest.skip(f"torch {torch.__version__} has no SDPA")
     return choose_kernel(name, Demands(CPU, torch.float32, 64, deterministic=False))._replace(dtype=None)
 
 
@@ -126,7 +130,7 @@ class Recorder:
         assert q.dim() == 3 and begins.dtype == torch.int32 and isinstance(longest, int)
         self.calls.append({"begins": begins.tolist(), "longest": longest, "kv_heads": k.shape[1], **options})
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        parts = [slice(a, b) for a, b in zip(begins.tolist(), begins.tolist()[1:], strict=False)]
+        parts = [slice(a, b) for a, b in zip(begins.tolist(), begins.tolist()[1:])]
         each = [plain_attention(*(t[part].transpose(0, 1)[None] for t in (q, k, v)), None) for part in parts]
         return torch.cat([mixed[0].transpose(0, 1) for mixed in each])
 
@@ -270,7 +274,7 @@ class TestModel:
             logits.square().sum().backward()
 
         torch.testing.assert_close(packed, torch.cat(alone), atol=1e-6, rtol=1e-5)
-        for (key, weight), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        for (key, weight), other in paired(models[0].named_parameters(), models[1].parameters()):
             torch.testing.assert_close(other.grad, weight.grad, atol=1e-5, rtol=1e-4, msg=key)
         if recorder.calls:
             assert all(call["begins"] == [0, 4, 5, 8, 10] and call["longest"] == 4 for call in recorder.calls)
@@ -293,7 +297,7 @@ class TestLayout:
         assert segments_of(torch.zeros(2, 3, dtype=torch.int64)).cu_seqlens.tolist() == [0, 3, 6]
 
     def test_rows_of_one_document_need_no_mask_and_the_mask_of_others_is_made_once(self, monkeypatch):
-        given = []
+        given, kernel = [], kernels_of("sdpa")._replace(dtype=torch.bfloat16)
         sdpa = functional.scaled_dot_product_attention
 
         def recording(query, key, value, attn_mask=None, **options):
@@ -303,7 +307,7 @@ class TestLayout:
         monkeypatch.setattr(functional, "scaled_dot_product_attention", recording)
         for case in (CASES["whole rows, head dim 128"], CASES["uneven, head dim 64"]):
             query, key, value, _ = case.inputs(torch.bfloat16)
-            layout = layout_of(case, kernels_of("sdpa")._replace(dtype=torch.bfloat16), torch.float32)
+            layout = layout_of(case, kernel, torch.float32)
             for _layer in range(2):
                 attend(query, key, value, layout)
 
@@ -351,20 +355,22 @@ class TestLayout:
 
 class TestChoice:
     def test_on_a_cpu_it_is_sdpa_and_the_log_says_why(self):
-        assert str(choose_kernel("auto", HALF_ON_CPU)).startswith("attention: sdpa (flash_attn ")
+        assert str(choose_kernel("auto", HALF_ON_CPU)).startswith(f"attention: {PORTABLE} (flash_attn ")
 
     def test_the_formula_is_the_last_resort(self, monkeypatch):
         monkeypatch.delattr(functional, "scaled_dot_product_attention", raising=False)
 
         assert choose_kernel("auto", HALF_ON_CPU).name == "math"
-        with pytest.raises(UserError, match="training.attention: sdpa cannot run here: torch .* has no scaled_dot"):
+        why = r"training.attention: sdpa cannot run here: torch .* has no scaled_dot.*; write auto, or math"
+        with pytest.raises(UserError, match=why):
             choose_kernel("sdpa", HALF_ON_CPU)
 
     def test_what_is_forced_is_taken_or_refused_with_the_reason(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "flash_attn", None)
 
         assert str(choose_kernel("math", HALF_ON_CPU)) == "attention: math"
-        with pytest.raises(UserError, match="flash cannot run here: flash_attn is not installed; write auto, or sdpa"):
+        why = f"flash cannot run here: flash_attn is not installed; write auto, or {PORTABLE}"
+        with pytest.raises(UserError, match=why):
             choose_kernel("flash", HALF_ON_CPU)
 
     def test_a_flash_attn_built_for_another_torch_is_one_reason_and_no_traceback(self, monkeypatch):
@@ -378,9 +384,9 @@ class TestChoice:
             ("flash_2_0_8", {}, "flash", ""),
             ("flash_2_8", {"deterministic": True}, "flash", ""),
             ("flash_2_0_8", {"deterministic": True}, "other", "no deterministic backward"),
-            ("flash_2_8", {"dtype": torch.float32}, "sdpa", "flash computes in bf16 and fp16, not in fp32; varlen"),
-            ("flash_2_8", {"head_dim": 288}, "sdpa", "flash takes a head_dim of up to 256, not 288; varlen"),
-            ("flash_2_8", {"sm": (7, 5)}, "sdpa", "flash needs a GPU of sm_80 or newer, this is sm_75; varlen"),
+            ("flash_2_8", {"dtype": torch.float32}, PORTABLE, "flash computes in bf16 and fp16, not in fp32; varlen"),
+            ("flash_2_8", {"head_dim": 288}, PORTABLE, "flash takes a head_dim of up to 256, not 288; varlen"),
+            ("flash_2_8", {"sm": (7, 5)}, PORTABLE, "flash needs a GPU of sm_80 or newer, this is sm_75; varlen"),
         ],
     )
     def test_on_a_gpu_flash_attn_comes_first_where_it_can(self, monkeypatch, signature, change, chosen, why):
@@ -393,7 +399,7 @@ class TestChoice:
 
         kernel = choose_kernel("auto", demands)
 
-        assert kernel.name in ((chosen,) if chosen != "other" else ("varlen", "sdpa"))
+        assert kernel.name in ((chosen,) if chosen != "other" else ("varlen", PORTABLE))
         assert why in kernel.why and (why or not kernel.why)
 
     def test_a_deterministic_run_asks_flash_attn_for_it(self):

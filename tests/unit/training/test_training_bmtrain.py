@@ -16,7 +16,7 @@ import bmtrain_ranks
 import bmtrain_shim
 import pytest
 import torch
-from tiny_runs import TinyRun
+from tiny_runs import TinyRun, paired
 
 from cpm_cluster.training.engines.bmtrain_layers import Part
 from cpm_cluster.training.engines.bmtrain_optimizer import PartOptimizer
@@ -58,7 +58,9 @@ def shelf(tmp_path_factory):
 @pytest.fixture
 def reference(shelf):
     """Return the torch engine's run with a method: fp32, one process, two micro batches a step."""
-    return lambda method: shelf(1, {"method": METHODS[method], "training.grad_accum": 2}, partial(TinyRun.train))
+    return lambda method: shelf(
+        1, {"method": METHODS[method], "training.grad_accum": 2}, partial(bmtrain_ranks.train_reference)
+    )
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ def _settings(world_size: int) -> dict:
 
 def _largest_difference(run: TinyRun, other: TinyRun) -> float:
     assert len(run.losses) == len(other.losses) == 6
-    return max(abs(one - two) for one, two in zip(run.losses, other.losses, strict=True))
+    return max(abs(one - two) for one, two in paired(run.losses, other.losses))
 
 
 def _assert_same_bits(run: TinyRun, other: TinyRun, weights: str = "weights/model.pt") -> None:
@@ -104,7 +106,7 @@ def test_in_fp32_two_ranks_compute_what_the_torch_engine_computes_in_one_process
     shown = {"training.eval_every": 3, "samples.prompts": ["the cat"]}
     run, expected = trained(version, "fp32", method=METHODS[method], **shown), reference(method)
     assert _largest_difference(run, expected) < TOLERANCE["fp32"]
-    for own, other in zip(run.lines("metrics.jsonl"), expected.lines("metrics.jsonl"), strict=True):
+    for own, other in paired(run.lines("metrics.jsonl"), expected.lines("metrics.jsonl")):
         assert own["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
         assert own["tokens_seen"] == other["tokens_seen"]
         assert own["eval_loss"] == (other["eval_loss"] and pytest.approx(other["eval_loss"], abs=2e-6))
@@ -244,8 +246,9 @@ def test_base_weights_reach_every_rank(tiny_run, reference, trained):
     model = reference("full").directory / "weights/model.pt"
     run = tiny_run(init_from=str(model), method=LORA, **_settings(2), **GENTLE)
     assert bmtrain_ranks.train(NEW, run) == [0, 0]
-    expected = tiny_run("expected", init_from=str(model), method=LORA, **{"training.grad_accum": 2}, **GENTLE)
-    assert expected.train(1, expected_world_size=1) == [0]
+    alone = {"expected_world_size": 1, "training.grad_accum": 2}
+    expected = tiny_run("expected", init_from=str(model), method=LORA, **alone, **GENTLE)
+    assert bmtrain_ranks.train_reference(expected) == [0]
     assert _largest_difference(run, expected) < TOLERANCE["fp32"]
 
 

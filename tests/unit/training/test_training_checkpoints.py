@@ -12,7 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch_here import needs_torch_engine
 
 from cpm_cluster.training import checkpoint
 from cpm_cluster.training.checkpoint import START, CheckpointError, Checkpoints, Progressed, damage_of
@@ -317,12 +317,16 @@ class Attribute:
         return getattr, (self.owner, self.name)
 
 
+@needs_torch_engine
 def test_of_what_an_index_names_members_of_enumerations_alone_are_looked_up(tmp_path):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/.metadata").write_bytes(pickle.dumps(Attribute(Metadata, "__init__")))
+    from torch.distributed.checkpoint import metadata
 
-    assert read_index(tmp_path) is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    layouts = metadata._MEM_FORMAT_ENCODING
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(layouts, "TORCH_CHANNELS_LAST")))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.metadata").write_bytes(pickle.dumps(Attribute(metadata.Metadata, "__init__")))
+
+    assert read_index(tmp_path) is layouts.TORCH_CHANNELS_LAST
     with pytest.raises(UserError, match="an attribute __init__ has no place in an index of tensors"):
         read_index(tmp_path / "other")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -125,6 +127,33 @@ def test_a_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     rows = list(JsonLines(str(path), 0, 1000, 0).read())
 
     assert rows == [Row("", "a"), "is missing: the file has become shorter"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (gzip.compress(b"{}", mtime=0), "is compressed by gzip; unpack it first"),
+        (line("a").encode("utf-16"), "is UTF-16; make UTF-8 of it"),
+        (b"[\n" + line("a").encode() + b"]\n", "is one JSON array; write an object a line"),
+        (b"PAR1\0\0", "is Parquet; make jsonl of it"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_by_name_not_line_by_line(tmp_path, content, what):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+
+    assert problems_of(tmp_path / "rows.jsonl") == f"the data have 1 problem(s): {tmp_path}/rows.jsonl: {what}"
+
+
+def test_a_row_that_says_a_thing_twice_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"input": "", "output": "one", "output": "other"}\n')
+
+    assert 'rows.jsonl:1: is not JSON: it has the key "output" twice' in problems_of(tmp_path / "rows.jsonl")
+
+
+def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    assert f"{tmp_path}/pipe: is a pipe or a device" in problems_of(tmp_path / "pipe")
 
 
 def test_the_built_in_corpus_keeps_evaluation_text_out_of_training():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cpm_cluster.training.data.corpus import Row
 from cpm_cluster.training.data.cpm9g_dataset import list_blocks
-from cpm_cluster.training.data.token_index import open_samples
+from cpm_cluster.training.data.token_index import Ranks, open_samples
 from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
@@ -195,7 +195,8 @@ def test_training_reads_it_with_trust_alone(tmp_path, tiny_settings):
 
     def opened(trusted: bool):
         parsed = tiny_settings(**changes, **{"data.trust_pickle": trusted})
-        return open_samples(parsed, "train", BYTES, Placement(0, 1, 0), lambda value: [value], lambda done, of: None)
+        ranks = Ranks(Placement(0, 1, 0), lambda value: [value], lambda done, of: None, lambda: False)
+        return open_samples(parsed, "train", BYTES, ranks)
 
     with pytest.raises(UserError, match="data.trust_pickle: true if you trust the files"):
         opened(False)

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_runs import TINY, changed, source
+from tiny_runs import TINY, changed, paired, source
 
-from cpm_cluster.training.data.batches import TrainingData, evaluation_batches
+from cpm_cluster.training.data.batches import TrainingData, evaluation_sources, short_names
 from cpm_cluster.training.data.packing import IGNORED
+from cpm_cluster.training.data.token_index import Ranks
 from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
@@ -29,8 +30,10 @@ def run(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = [source(folder / "many.jsonl", 1.0), source(folder / "few.jsonl", 2.0)]
 
+    unweighted = [source(item["path"]) for item in sources]
+
     def settings(**changes):
-        base = {"output_dir": str(folder / "run"), "data.train": sources, "data.eval": sources}
+        base = {"output_dir": str(folder / "run"), "data.train": sources, "data.eval": unweighted}
         return parse_settings(changed(TINY, {**base, **changes}))
 
     return settings
@@ -39,7 +42,11 @@ def run(tmp_path_factory):
 def opened(settings, rank: int = 0, world_size: int = 1, said=None) -> TrainingData:
     placement = Placement(rank, world_size, rank)
     say = (lambda line: None) if said is None else said.append
-    return TrainingData(settings, placement, BYTES, lambda value: [value], lambda done, total: None, say)
+    return TrainingData(settings, BYTES, on(placement), say)
+
+
+def on(placement: Placement) -> Ranks:
+    return Ranks(placement, lambda value: [value], lambda done, total: None, lambda: False)
 
 
 def rows_of(batches) -> list[str]:
@@ -129,29 +136,66 @@ def test_the_amount_of_data_is_said(run):
 
     data = opened(run(**{"training.seq_len": 14}), said=said)
 
-    (line,) = said
+    line, _ = said
     tokens = sum(data.samples.inputs)
     assert line.startswith(f"train data: {len(data.samples)} samples of {tokens} tokens; ")
     assert line.endswith(f"{55 - len(data.samples)} of 55 samples are longer than 14 tokens and were dropped")
 
 
+def test_what_weights_come_to_is_said_in_tokens_and_passes(run):
+    said: list[str] = []
+
+    data = opened(run(), said=said)
+
+    _, line = said
+    many, few = int(data.samples.inputs[:40].sum()) / 40, int(data.samples.inputs[40:].sum()) / 15
+    share = many / (many + 2 * few)
+    assert line == (
+        f"mixture: many {share:.1%} of the tokens, 0.46 passes an epoch;"
+        f" few {1 - share:.1%} of the tokens, 2.44 passes an epoch"
+    )
+
+
+def test_a_weight_is_of_the_files_that_its_pattern_matched(run, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"input": "", "output": name}) + "\n")
+    first, second = (
+        [source(tmp_path / left, 1.0), source(tmp_path / right, 3.0)]
+        for left, right in (("[ab].jsonl", "c.jsonl"), ("a.jsonl", "[bc].jsonl"))
+    )
+    one = opened(run(**{"data.train": first}))
+    one.next_batches()
+
+    other = opened(run(**{"data.train": second}))
+
+    assert (one.samples.summary.per_source, other.samples.summary.per_source) == ([2, 1], [1, 2])
+    with pytest.raises(UserError, match="are not those of the checkpoint"):
+        other.seek(one.position)
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_evaluation_has_every_sample_once_whatever_its_weight_and_equally_many_batches_on_each_rank(run, world_size):
+def test_evaluation_has_every_sample_of_a_source_once_and_equally_many_batches_on_each_rank(run, world_size):
     ranks = [
-        evaluation_batches(
-            run(), Placement(rank, world_size, rank), BYTES, lambda value: [value], lambda done, of: None, print
-        )
-        for rank in range(world_size)
+        evaluation_sources(run(), BYTES, on(Placement(rank, world_size, rank)), print) for rank in range(world_size)
     ]
 
-    assert len({len(batches) for batches in ranks}) == 1
-    text = "".join(row for batches in ranks for row in rows_of(batches))
-    assert all(text.count(f"many {number} ") == 1 for number in range(40))
-    assert all(text.count(f"few {number} ") == 1 for number in range(15))
+    for of_ranks, name, count in paired(paired(*ranks), ("many", "few"), (40, 15)):
+        assert {source.name for source in of_ranks} == {name}
+        assert len({len(source.batches) for source in of_ranks}) == 1
+        text = "".join(row for source in of_ranks for row in rows_of(source.batches))
+        assert all(text.count(f"{name} {number} ") == 1 for number in range(count))
+        assert text.count("many") + text.count("few") == count
+        targets = sum(batch.target_tokens for source in of_ranks for batch in source.batches)
+        assert {source.targets for source in of_ranks} == {targets}
 
 
 def test_evaluation_batches_are_the_same_each_time(run):
-    batches = evaluation_batches(run(), Placement(0, 1, 0), BYTES, lambda value: [value], lambda done, of: None, print)
+    batches = evaluation_sources(run(), BYTES, on(Placement(0, 1, 0)), print)[0].batches
 
     assert rows_of(batches) == rows_of(batches)
     assert all((batch.targets != IGNORED).sum() == batch.target_tokens > 0 for batch in batches)
+
+
+def test_sources_are_called_by_the_names_of_their_files_where_those_tell_them_apart():
+    assert short_names(["a/zh.jsonl", "a/en*.jsonl"]) == ["zh", "en*"]
+    assert short_names(["a/held.jsonl", "b/held.jsonl"]) == ["a/held.jsonl", "b/held.jsonl"]

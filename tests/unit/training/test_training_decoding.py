@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_training_attention import Recorder
-from tiny_runs import initialise
+from tiny_runs import initialise, paired
 from torch.nn import functional
 
 from cpm_cluster.training.inference.decoding import Continuation, continue_together
@@ -61,7 +61,7 @@ def test_with_a_cache_tokens_and_logits_are_those_without(model):
 
     continued = continue_together(PROMPTS, [12] * 4, END, CPU, forward, best, bool)
 
-    for row, (prompt, (ids, ended)) in enumerate(zip(PROMPTS, continued, strict=True)):
+    for row, (prompt, (ids, ended)) in enumerate(paired(PROMPTS, continued)):
         assert len(ids) == 12 or ended
         for step in range(len(ids) + ended):
             alone = without_cache(model, prompt + ids[:step])

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tiny_runs import ROWS, encode_row, initialise, source
+from tiny_runs import ROWS, encode_row, initialise, paired, source
 from torch.nn import functional
 
 from cpm_cluster.training.data.corpus import Row
@@ -131,7 +131,7 @@ class TestChoices:
             return [BYTES.decode(sample.ids[: sample.loss_from].tolist()) for sample in samples]
 
         assert shown(1) == shown(1) != shown(2)
-        for question, text in zip(questions, shown(1), strict=True):
+        for question, text in paired(questions, shown(1)):
             assert text.count(f"<用户>{question.question}<AI>") == 1 and text.count("<AI>") == 4
 
     def test_all_broken_rows_are_listed_with_their_places(self, tmp_path):

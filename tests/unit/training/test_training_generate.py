@@ -110,7 +110,7 @@ def test_answers_of_another_node_are_waited_for(generate_run):
         ({"init_from": None}, "init_from: task generate needs trained weights"),
         (
             {"method": {"kind": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["project_q"]}},
-            "fold the updates into them first (cpm export --merge)",
+            "method.lora.init_from: task generate needs the trained updates; or write method: full",
         ),
     ],
 )

@@ -8,12 +8,12 @@ import signal
 import pytest
 import torch
 from checkpoint_faults import ONLY_RANK_0, POINTS, FullDisk, Killed, SlowDisk
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch_here import needs_torch_engine
 from training_ranks import finish, start_ranks
 
 from cpm_cluster.training.checkpoint import damage_of
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), needs_torch_engine]
 
 LORA = {"kind": "lora", "rank": 1, "alpha": 8, "dropout": 0.3, "targets": ["project_q", "w_out"]}
 QUIET = {"training.eval_every": 0, "samples.prompts": []}
@@ -46,6 +46,8 @@ def end_of(ranks, killed: int, alone: bool) -> list[int]:
 
 def whole_state(run, step: int) -> dict:
     """Read the shards of a checkpoint as any DCP tool does."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
     dcp_to_torch_save(run.directory / f"checkpoints/step-{step:08d}", run.directory / "whole.pt")
     return run.tensors("whole.pt")
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import paired
 
 from cpm_cluster.training.data.mixture import Mixture, permuted
 
@@ -13,9 +14,14 @@ sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 KEYS = np.arange(1, 7, dtype=np.uint64)
 
 
+def sent_by(keys, numbers, size: int):
+    """Return where one permutation sends all numbers."""
+    return permuted(numbers, size, np.repeat(keys[:, None], len(numbers), axis=1))
+
+
 @given(st.integers(1, 3000), st.integers(0, 2**32 - 1))
 def test_a_permutation_hits_every_number_once(size, key):
-    sent = permuted(np.arange(size), size, KEYS * np.uint64(key))
+    sent = sent_by(KEYS * np.uint64(key), np.arange(size), size)
 
     assert sorted(sent.tolist()) == list(range(size))
 
@@ -24,15 +30,15 @@ def test_a_permutation_hits_every_number_once(size, key):
 def test_any_place_of_a_permutation_is_reached_without_the_others(size, data):
     some = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5, unique=True))
 
-    sent = permuted(np.array(some), size, KEYS)
+    sent = sent_by(KEYS, np.array(some), size)
 
     assert len(set(sent.tolist())) == len(some)
     assert sent.min() >= 0 and sent.max() < size
-    assert sent[:1].tolist() == permuted(np.array(some[:1]), size, KEYS).tolist()
+    assert sent[:1].tolist() == sent_by(KEYS, np.array(some[:1]), size).tolist()
 
 
 def test_a_permutation_leaves_neither_order_nor_neighbourhood():
-    sent = permuted(np.arange(10_000), 10_000, KEYS)
+    sent = sent_by(KEYS, np.arange(10_000), 10_000)
 
     assert abs(np.corrcoef(np.arange(10_000), sent)[0, 1]) < 0.05
     assert np.mean(np.abs(np.diff(sent)) == 1) < 0.001
@@ -63,12 +69,24 @@ def test_weighted_sources_are_drawn_in_exact_proportion_and_evenly(sizes, data, 
     drawn = np.concatenate([mixture.window(number) for number in range(windows)])
 
     source_of = np.repeat(np.arange(len(sizes)), sizes)[drawn]
-    for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
+    for source, (size, weight) in enumerate(paired(sizes, weights)):
         own = drawn[source_of == source]
         expected = len(drawn) * weight / sum(weights)
         assert abs(len(own) - expected) <= len(sizes)
         times = np.bincount(own - sum(sizes[:source]), minlength=size)
         assert times.max() - times.min() <= 1
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("size", [1, 2, 10])
+def test_a_tiny_source_of_great_weight_costs_little(size):
+    mixture = Mixture([size, 100_000], [9, 1], 3)
+
+    drawn = mixture.window(1)
+
+    times = np.bincount(drawn[drawn < size])
+    assert len(drawn) >= 50_000 and len(times) == size
+    assert times.sum() == pytest.approx(0.9 * len(drawn), abs=2) and times.max() - times.min() <= 2
 
 
 def test_a_window_does_not_depend_on_those_before_it():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import encode_row
+from tiny_runs import encode_row, paired
 
 from cpm_cluster.training.data.corpus import Row
 from cpm_cluster.training.data.mixture import Mixture
@@ -58,7 +58,7 @@ def test_rows_encoded_together_are_those_encoded_alone():
 
     together = encode_rows(rows, BYTES)
 
-    for row, sample in zip(rows, together, strict=True):
+    for row, sample in paired(rows, together):
         alone = encode_row(row, BYTES)
         assert sample.ids.tolist() == alone.ids.tolist() and sample.loss_from == alone.loss_from
 

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from tiny_runs import encode_row
+from torch_here import needs_torch_engine
 
 from cpm_cluster.training.checkpoint import damage_of
 from cpm_cluster.training.data.corpus import Row
@@ -87,6 +88,7 @@ def test_a_run_that_changes_its_precision_takes_no_loss_scale_along():
     assert fp16.value == first
 
 
+@needs_torch_engine
 def test_an_fp16_overflow_halves_the_scale_until_it_cannot_and_only_then_is_the_guard_asked(tiny_settings):
     tokenizer = load_tokenizer("bytes")
     batch = collate([[encode_row(Row("", "the cat sat"), tokenizer)]], 48)
@@ -115,6 +117,7 @@ def test_an_fp16_overflow_halves_the_scale_until_it_cannot_and_only_then_is_the_
     engine.close()
 
 
+@needs_torch_engine
 def test_what_the_guard_refuses_leaves_weights_moments_and_scale_alone(tiny_settings):
     batch = collate([[encode_row(Row("", "the cat sat"), load_tokenizer("bytes"))]], 48)
     engine = TorchEngine(tiny_settings(), Placement(0, 1, 0))

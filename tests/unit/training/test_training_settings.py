@@ -73,6 +73,8 @@ def test_all_problems_are_reported_in_one_error(tiny_json):
         ("output_dir", "here", "output_dir: must be an absolute path"),
         ("deterministic", 1, "deterministic: expected true or false, got 1"),
         ("init_from", 3, "init_from: expected a text, got 3"),
+        ("adapter", 3, "adapter: expected a text, got 3"),
+        ("adapter", "/adapter", "adapter: needs method lora"),
         ("format", 2, "format: expected 1, got 2"),
         (
             "method",

@@ -16,11 +16,12 @@ from tiny_runs import TINY, changed, encode_row, source
 
 from cpm_cluster.training.data import corpus, token_index
 from cpm_cluster.training.data.corpus import Row
-from cpm_cluster.training.data.token_index import open_samples
+from cpm_cluster.training.data.token_index import Ranks, open_samples
 from cpm_cluster.training.data.tokenizer import SPECIAL_TOKENS, CpmTokenizer, load_tokenizer
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.placement import Placement
 from cpm_cluster.training.settings_file import parse_settings
+from cpm_cluster.training.stop import Stopped
 
 BYTES = load_tokenizer("bytes")
 ALONE = Placement(0, 1, 0)
@@ -29,6 +30,11 @@ TEXTS = ["one", "the second", "3", "a fourth text that is the longest of all", "
 
 def nothing(done: int, total: int) -> None:
     """Take no note of progress."""
+
+
+def never() -> bool:
+    """Not want to stop."""
+    return False
 
 
 @pytest.fixture
@@ -45,20 +51,27 @@ def make(tmp_path, tiny_settings):
     return settings
 
 
-def opened(settings, tokenizer=BYTES, placement=ALONE, all_gather=lambda value: [value], tick=nothing):
-    return open_samples(settings, "train", tokenizer, placement, all_gather, tick)
+def opened(settings, tokenizer=BYTES, placement=ALONE, all_gather=lambda value: [value], tick=nothing, stop=never):
+    return open_samples(settings, "train", tokenizer, Ranks(placement, all_gather, tick, stop))
 
 
-def opened_by_ranks(settings, count: int) -> list:
-    """Open the data on threads that stand for ranks."""
+def opened_by_ranks(settings, count: int, stop=lambda rank: False) -> list:
+    """Open the data on threads that stand for ranks; what each raises takes the place of its samples."""
     meeting = threading.Barrier(count, timeout=30)
+    said = [0] * count
 
-    def gather(value):
-        meeting.wait()
-        return [value] * count
+    def open_as(rank: int):
+        def gather(value):
+            said[rank] = value
+            meeting.wait()
+            values = list(said)
+            meeting.wait()
+            return values
+
+        return opened(settings, BYTES, Placement(rank, count, rank), gather, stop=lambda: stop(rank))
 
     with ThreadPoolExecutor(count) as threads:
-        ranks = [threads.submit(opened, settings, BYTES, Placement(rank, count, rank), gather) for rank in range(count)]
+        ranks = [threads.submit(open_as, rank) for rank in range(count)]
         return [rank.exception() or rank.result() for rank in ranks]
 
 
@@ -120,6 +133,57 @@ def test_an_attempt_that_died_leaves_the_parts_that_it_had_finished(make, monkey
 
     again = {name for name, time in files_of(settings).items() if before.get(name) != time}
     assert again == {"part-00001.ids", "part-00001.npy", "part-00001.json", "samples.npy", "summary.json"}
+
+
+@pytest.mark.parametrize("asked", [0, 2])
+def test_all_ranks_stop_when_one_wants_to_and_what_they_have_encoded_is_used_again(make, monkeypatch, asked):
+    monkeypatch.setattr(corpus, "PART_BYTES", 40)
+    monkeypatch.setattr(token_index, "_SECONDS_A_ROUND", 0.0)
+    settings = make(TEXTS * 4)
+    rounds: list[int] = []
+
+    def stop(rank: int) -> bool:
+        rounds.append(rank)
+        return rank == asked and rounds.count(rank) == 3
+
+    ended = opened_by_ranks(settings, 3, stop)
+
+    assert {type(end) for end in ended} == {Stopped}
+    before = {name: time for name, time in files_of(settings).items() if name.endswith("json")}
+    assert before and "summary.json" not in before
+    assert all(texts_of(samples) == TEXTS * 4 for samples in opened_by_ranks(settings, 3))
+    after = files_of(settings)
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_rank_that_does_not_see_yet_what_an_earlier_attempt_made_waits_for_it(make, monkeypatch):
+    settings = make()
+    opened(settings)
+    summary = next((Path(settings.output_dir) / "index").glob("*/summary.json"))
+    hidden = summary.rename(summary.with_suffix(".hidden"))
+    reappear = threading.Timer(0.1, lambda: hidden.rename(summary))
+    reappear.start()
+
+    # Rank 0 sees it: its word is 1 for "there".
+    samples = opened(settings, placement=Placement(1, 2, 1), all_gather=lambda value: [value or 1, value])
+
+    reappear.join()
+    assert texts_of(samples) == TEXTS
+
+
+def test_data_that_change_while_they_are_read_are_refused_until_they_are_whole(make):
+    settings = make()
+    path = Path(settings.data.train[0].path)
+
+    def append(done: int, total: int) -> None:
+        if done == 0:
+            with open(path, "a") as file:
+                file.write(json.dumps({"input": "", "output": "late"}) + "\n")
+
+    with pytest.raises(UserError, match=r"rows.jsonl:6: has changed while it was read; begin when it is whole"):
+        opened(settings, tick=append)
+
+    assert texts_of(opened(settings))[:5] == TEXTS
 
 
 @pytest.mark.parametrize("what", ["text", "time", "tokenizer", "seq_len", "task"])

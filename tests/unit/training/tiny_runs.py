@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from torch_here import require_torch_for
 
 from cpm_cluster.training.data.corpus import Row
 from cpm_cluster.training.data.packing import Sample, encode_rows
@@ -37,6 +39,7 @@ TINY = {
     "init_from": None,
     "tokenizer": "bytes",
     "method": {"kind": "full"},
+    "adapter": None,
     "data": {"train": [], "eval": [], "format": "jsonl", "trust_pickle": False},
     "training": {
         "seq_len": 48,
@@ -89,6 +92,13 @@ def changed(settings: dict, changes: dict) -> dict:
     return settings
 
 
+def paired(*sequences: Iterable) -> Iterator[tuple]:
+    """Return ``zip(..., strict=True)``, which Python 3.8 has not."""
+    lists = [list(sequence) for sequence in sequences]
+    assert len({len(items) for items in lists}) == 1
+    return zip(*lists)
+
+
 def encode_row(row: Row, tokenizer: Tokenizer) -> Sample:
     """Return one row as a sample."""
     (sample,) = encode_rows([row], tokenizer)
@@ -123,6 +133,7 @@ class TinyRun:
         """Start the ranks in the background."""
         from training_ranks import start_ranks
 
+        require_torch_for(self.raw)
         return start_ranks(self.write_settings(), world_size, self.directory, torchrun)
 
     def train(self, world_size: int = 2, torchrun: bool = False, **changes: object) -> list[int]:
