@@ -31,6 +31,7 @@ from cpm_cluster.specs.nodes import (
 )
 from cpm_cluster.specs.problems import Location, Problem, SpecError, did_you_mean, listed, quoted, shortened
 from cpm_cluster.specs.profile import Profile
+from cpm_cluster.specs.words import meant_by
 
 Spec = TypeVar("Spec")
 
@@ -111,7 +112,7 @@ class _Composition:
         self, path: Path, job: MapNode, catalogue: Catalogue, detected_cluster: str, problems: list[Problem]
     ) -> None:
         self.path, self.job, self.catalogue = path, job, catalogue
-        self.reading = Reading(problems, lenient=True)
+        self.reading = Reading(problems, lenient=True, meant_by=meant_by)
         if _is_left_out(job.entries.get("cluster")):
             detected = ScalarNode(detected_cluster, True, Location(str(path)), "detected")
             self.job = replace(job, entries=job.entries | {"cluster": detected})

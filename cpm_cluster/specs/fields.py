@@ -31,11 +31,13 @@ class Reading:
 
     A `lenient` pass gives back what could be read (None for a required key that could not), so that checks can
     go on; `unread` holds the keys of which nothing more can be said without repeating what is already noted.
+    `meant_by` knows the key (dotted) that a word stands for which is none where it was written.
     """
 
     problems: list[Problem]
     lenient: bool = False
     unread: set[str] = dataclasses.field(default_factory=set)
+    meant_by: Callable[[str], str | None] = lambda word: None
 
     def refuse(self, where: Location, key: str, what: str) -> Invalid:
         self.problems.append(Problem(where, key, what))
@@ -183,12 +185,16 @@ class Boolean(NamedTuple):
 
 
 class Choice(NamedTuple):
+    """One of `options`; `elsewhere` are words of other tools, and the option that is meant by each."""
+
     options: tuple[str, ...]
+    elsewhere: tuple[tuple[str, str], ...] = ()
 
     def read(self, node: Node, path: str, reading: Reading) -> str:
         scalar = _scalar(node, path, reading, listed(self.options))
         if scalar.text not in self.options:
-            hint = did_you_mean(scalar.text, self.options)
+            meant = dict(self.elsewhere).get(scalar.text.lower())
+            hint = f" (did you mean {meant}?)" if meant else did_you_mean(scalar.text, self.options)
             raise reading.refuse(
                 scalar.where, path, f"{quoted(scalar.text)} is not allowed; write {listed(self.options)}{hint}"
             )
@@ -271,12 +277,13 @@ class MapOf(NamedTuple):
     value: FieldType
     key_pattern: str
     key_expected: str
+    expected: str = "a mapping, {key: value}"
 
     def read(self, node: Node, path: str, reading: Reading) -> dict[str, Any]:
         if isinstance(node, ScalarNode) and node.is_null:
             return {}
         if not isinstance(node, MapNode):
-            raise reading.refuse(node.where, path, f"is {kind(node)}; write a mapping, {{key: value}}")
+            raise reading.refuse(node.where, path, f"is {kind(node)}; write {self.expected}")
         values = {}
         with _whole(reading):
             for name, child in node.entries.items():
@@ -293,9 +300,10 @@ class MapOf(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A mapping with known keys, read into a dataclass made of `key(...)` fields."""
+    """A mapping with known keys, described in words by `expected`, read into a dataclass made of `key(...)` fields."""
 
     spec: type[Any]
+    expected: str = "a mapping, {key: value}"
 
     def read(self, node: Node, path: str, reading: Reading) -> Any:
         with _whole(reading):
@@ -313,7 +321,7 @@ class Section(NamedTuple):
         if isinstance(node, ScalarNode) and node.is_null:
             return {}
         if not isinstance(node, MapNode):
-            raise reading.refuse(node.where, path, f"is {kind(node)}; write a mapping, {{key: value}}")
+            raise reading.refuse(node.where, path, f"is {kind(node)}; write {self.expected}")
         fields = {yaml_name(f): f for f in _keys(self.spec)}
         values = {}
         for name, child in node.entries.items():
@@ -327,10 +335,15 @@ class Section(NamedTuple):
 
     def _unknown(self, where: Location, path: str, name: str, reading: Reading) -> None:
         known = [yaml_name(f) for f in _keys(self.spec)]
-        near = nearest(name, known)
+        meant = reading.meant_by(name)
+        if meant and meant.rpartition(".")[0] != path:
+            reading.refuse(where, _below(path, name), f"is not a known key here; write {meant}")
+            reading.unread.add(meant)
+            return
+        near = [meant.rpartition(".")[2]] if meant else nearest(name, known)
         hint = f" (did you mean {listed(near)}?)" if near else f"; known here: {', '.join(known)}"
         reading.refuse(where, _below(path, name), f"is not a known key{hint}")
-        reading.unread.update(_below(path, meant) for meant in near)
+        reading.unread.update(_below(path, word) for word in near)
 
     def schema(self) -> Schema:
         required = [yaml_name(f) for f in _keys(self.spec) if _required(f)]

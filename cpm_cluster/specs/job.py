@@ -29,7 +29,9 @@ from cpm_cluster.specs.profile import Resources
 from cpm_cluster.specs.workload import Workload
 
 ENGINES = ("bmtrain", "torch", "deepspeed", "command")
+ENGINES_ELSEWHERE = (("libcpm", "command"), ("ddp", "torch"), ("fsdp", "torch"), ("pytorch", "torch"))
 TASKS = ("pretrain", "finetune", "evaluate", "generate")
+TASKS_ELSEWHERE = (("inference", "generate"), ("infer", "generate"), ("sft", "finetune"), ("train", "finetune"))
 TRAINING_TASKS = ("pretrain", "finetune")
 CONFIG_NAME = Text(r"[A-Za-z0-9./~][A-Za-z0-9._:/~+-]*", "a name in configs, or the path of a .yaml file")
 SOURCES = "a path, {path: …, weight: …}, or a list of them"
@@ -284,12 +286,15 @@ class JobSpec:
     runtime: str | None = key(
         Choice(RUNTIMES), "container runtime; left out: the first of the cluster's that fits", None
     )
-    engine: str = key(Choice(ENGINES), "bmtrain, torch, deepspeed, or command (any program)", "torch")
+    engine: str = key(
+        Choice(ENGINES, ENGINES_ELSEWHERE), "bmtrain, torch, deepspeed, or command (any program)", "torch"
+    )
     command: tuple[str, ...] = key(
         ListOf(
             Text(multiline=True),
             minimum=1,
-            expected="the program and its arguments as a list, [python, train.py]; no shell reads it",
+            expected="the program and its arguments as a list, [python, train.py]; no shell reads it, but one does in"
+            ' [bash, -c, "a line with $VARIABLES"]',
         ),
         "engine command: program and arguments, a list, never a shell line",
         (),
@@ -298,7 +303,7 @@ class JobSpec:
         Section(Workload), "engine command: what the program computes, for the planner; left out: not judged", None
     )
     task: str = key(
-        Choice(TASKS),
+        Choice(TASKS, TASKS_ELSEWHERE),
         "pretrain (plain text, long documents are split), finetune (prompts and answers), evaluate, generate",
         "finetune",
     )
@@ -308,7 +313,7 @@ class JobSpec:
         " or the job file's folder",
         None,
     )
-    data: Data | None = key(Section(Data), "what to train on", None)
+    data: Data | None = key(Section(Data, "a mapping, {train: path/to/rows.jsonl}"), "what to train on", None)
     training: Training = key(Section(Training), "hyper-parameters", factory=Training)
     samples: Samples = key(Section(Samples), "generated samples", factory=Samples)
     evaluation: Evaluation = key(Section(Evaluation), "task evaluate", factory=Evaluation)
@@ -319,12 +324,14 @@ class JobSpec:
     deterministic: bool = key(Boolean(), "bit-identical repeats, at some cost in speed", False)
     time_limit_s: int | None = key(DURATION, "time limit; default: the profile's or cluster's", None)
     mounts: dict[str, str] = key(
-        MapOf(ABSOLUTE_PATH, r"[/~].*", "an absolute host path"),
+        MapOf(ABSOLUTE_PATH, r"[/~].*", "an absolute host path", "a mapping, {/on/the/host: /in/the/container}"),
         "host path: container path, with :ro to protect",
         factory=dict,
     )
     env: dict[str, str] = key(
-        MapOf(Text(), ENV_NAME, "a variable name (letters, digits, _)"), "environment of the training", factory=dict
+        MapOf(Text(), ENV_NAME, "a variable name (letters, digits, _)", "a mapping, {NAME: value}"),
+        "environment of the training",
+        factory=dict,
     )
     secrets: tuple[str, ...] = key(
         ListOf(Text(ENV_NAME, "a variable name (letters, digits, _)")),

@@ -53,22 +53,22 @@ def quoted(text: str, limit: int = 60) -> str:
     return '"' + printable(shortened(text, limit)) + '"'
 
 
-def nearest(word: str, known: Iterable[str]) -> list[str]:
+def nearest(word: str, known: Iterable[str], most: int = 1) -> list[str]:
     """Those of `known` that may be meant: `steps` for `step`, `LR` for `lr`, `gpu, gpus_per_node` for `gpus`."""
     by_lower = {name.lower(): name for name in known}
     lower = word.lower()
     import difflib  # only where something is misspelt
 
-    alike = difflib.get_close_matches(lower, by_lower, n=1, cutoff=0.6)
+    alike = difflib.get_close_matches(lower, by_lower, n=most, cutoff=0.6)
     begun = [name for name in by_lower if name.startswith(lower + "_")]
     if lower in by_lower or len(begun) > 1:
         begun = []
     return [by_lower[name] for name in dict.fromkeys(alike + begun)]
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     """` (did you mean x?)` for the nearest of `known`, or nothing."""
-    near = nearest(word, known)
+    near = nearest(word, known, most)
     return f" (did you mean {listed(near)}?)" if near else ""
 
 

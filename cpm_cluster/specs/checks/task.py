@@ -8,15 +8,15 @@ from cpm_cluster.specs.checks.rules import Finding, reads
 from cpm_cluster.specs.job import TRAINING_TASKS, Data, JobSpec
 
 
-@reads("engine", "model")
+@reads("engine", "command", "model")
 def _model_named(spec: JobSpec) -> Iterator[Finding]:
-    if spec.engine != "command" and spec.model is None:
+    if spec.engine != "command" and not spec.command and spec.model is None:
         yield "model", f"is missing: engine {spec.engine} needs an architecture, a name in configs/models"
 
 
-@reads("engine", "task", "data")
+@reads("engine", "command", "task", "data")
 def _data_named(spec: JobSpec) -> Iterator[Finding]:
-    if spec.engine == "command":
+    if spec.engine == "command" or spec.command:  # of which more has been said
         return
     data = spec.data or Data()
     if spec.task in TRAINING_TASKS and not data.train:

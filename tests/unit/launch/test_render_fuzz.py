@@ -108,6 +108,7 @@ JOB = st.fixed_dictionaries(
         ),
         "training": st.just({"precision": "fp32", "attention": "sdpa"}),
         "data": st.fixed_dictionaries({"train": st.lists(PATH, min_size=1, max_size=2), "eval": PATH}),
+        "method": st.just("full") | PATH.map(lambda path: {"lora": {"init_from": path}}),
         "init_from": st.none() | PATH,
         "tokenizer": PATH,
         "code": st.none() | PATH,
@@ -163,8 +164,8 @@ def _with_runtime(job: dict[str, Any], runtime: str, command: list[str] | None) 
 
 
 PLACES = """
-    name description init_from tokenizer code runtime engine image.tag data.eval samples.prompts.0 time_limit
-    slurm.partition slurm.account slurm.nodelist slurm.exclude slurm.qos slurm.reservation slurm.constraint
+    name description init_from method.lora.init_from tokenizer code runtime engine image.tag data.eval samples.prompts.0
+    time_limit slurm.partition slurm.account slurm.nodelist slurm.exclude slurm.qos slurm.reservation slurm.constraint
     slurm.extra.comment slurm.extra.- container.workdir container.ipc env.A env.- secrets.0 mounts./a mounts.-
     model.base profile cluster signal_lead site.image_folder site.python site.default_partition site.node_names
     site.env.A site.env.- site.network.topology_file site.network.socket_interfaces site.driver site.description

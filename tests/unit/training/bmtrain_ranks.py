@@ -17,7 +17,7 @@ def train(version: str, run, world_size: int = 2, first_loss_scale: float | None
 def train_reference(run, world_size: int = 1) -> list[int]:
     """Train a TinyRun with engine torch, without its checkpoints where torch is too old for them."""
     prepare = _keep_no_state if DCP_REFUSAL else None
-    return finish(start_ranks(run.write_settings(), world_size, run.directory, prepare=prepare))
+    return finish(start_ranks(run.write_any_settings(), world_size, run.directory, prepare=prepare))
 
 
 class _NoState:

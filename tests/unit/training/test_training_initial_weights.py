@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch_here import needs_torch_engine
 
 from cpm_cluster.training import finetune
 from cpm_cluster.training.engines import torch_engine
 from cpm_cluster.training.formats.huggingface import write_config, write_weights
 from cpm_cluster.training.settings_file import parse_settings
-
-pytestmark = needs_torch_engine
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["project_q", "w_0", "w_out"]}
 

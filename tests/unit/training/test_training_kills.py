@@ -8,12 +8,11 @@ import signal
 import pytest
 import torch
 from checkpoint_faults import ONLY_RANK_0, POINTS, FullDisk, Killed, SlowDisk
-from torch_here import needs_torch_engine
 from training_ranks import finish, start_ranks
 
 from cpm_cluster.training.checkpoint import damage_of
 
-pytestmark = [pytest.mark.timeout(120), needs_torch_engine]
+pytestmark = pytest.mark.timeout(120)
 
 LORA = {"kind": "lora", "rank": 1, "alpha": 8, "dropout": 0.3, "targets": ["project_q", "w_out"]}
 QUIET = {"training.eval_every": 0, "samples.prompts": []}

@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_runs import paired
-from torch_here import needs_torch_engine
 from training_ranks import finish, free_port, wait_for
 
 from cpm_cluster.training.finetune import main
 
-pytestmark = [pytest.mark.timeout(90), needs_torch_engine]
+pytestmark = pytest.mark.timeout(90)
 
 PROGRAM = ["-m", "cpm_cluster.training.finetune"]
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
