@@ -84,6 +84,7 @@ def submit_main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(command: click.Command, arguments: Sequence[str] | None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments) or (["--help"] if command is cli else [])
+    stdout = sys.stdout
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 has no bar for the loss curve
@@ -96,8 +97,9 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> None:
     except KeyboardInterrupt:
         code = exit_codes.INTERRUPTED
     except SystemExit as error:
-        # when the reader (head, less) has gone, click and rich end with 1; it is no failure of ours
-        code = exit_codes.OK if isinstance(error.__context__, BrokenPipeError) else error.code
+        # when the reader (head, less) has gone, click replaces stdout, and click and rich end with 1: no failure
+        has_gone = sys.stdout is not stdout or isinstance(error.__context__, BrokenPipeError)
+        code = exit_codes.OK if has_gone else error.code
     except Exception as error:  # noqa: BLE001 - the one place that turns any failure into a sentence and a code
         code = _report(error, "--json" in words)
     sys.exit(code if isinstance(code, int) else exit_codes.OK)

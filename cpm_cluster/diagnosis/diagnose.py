@@ -89,7 +89,11 @@ def _agent_killed(run: Run, state: State) -> Verdict | None:
 def _stopped(run: Run, state: State) -> Verdict | None:
     if state.name != "stopped":
         return None
-    return Verdict("time limit", "It saved and stopped before its time limit.", True, _resume(run))
+    if run.plan.trainer is not None and _checkpoint_step(run) is None:
+        cause = "It stopped before its time limit, with nothing to save yet."
+    else:
+        cause = "It saved and stopped before its time limit."
+    return Verdict("time limit", cause, True, _resume(run))
 
 
 def _lost(run: Run, state: State) -> Verdict | None:
@@ -243,11 +247,18 @@ def _slurm_log(run: Run, attempt: int) -> tuple[Path | None, int, str]:
 def _resume(run: Run) -> str:
     if run.plan.trainer is None:
         return f"cpm resume {run.id} (starts its program again)"
-    try:
-        step = int((run.files.root / "checkpoints" / "latest").read_text().strip().rpartition("-")[2])
-    except (OSError, ValueError):
+    step = _checkpoint_step(run)
+    if step is None:
         return f"cpm resume {run.id} (from the beginning: there is no checkpoint)"
     return f"cpm resume {run.id} (from the checkpoint of step {step})"
+
+
+def _checkpoint_step(run: Run) -> int | None:
+    """The step of the newest checkpoint that lies there."""
+    try:
+        return int((run.files.root / "checkpoints" / "latest").read_text().strip().rpartition("-")[2])
+    except (OSError, ValueError):
+        return None
 
 
 def _stop_signal(run: Run, state: State) -> str | None:

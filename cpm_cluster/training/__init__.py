@@ -9,6 +9,6 @@ Where things are:
 * a task from start to end: ``program``, ``attempt``, then ``run`` (training) or one of ``inference``
 * ``model``: decoder, layers, attention, LoRA; ``engines`` compute it
 * ``data``: rows of text, tokenizers, ids on disk, their order, packing, batches
-* what is kept: ``checkpoint``, ``formats`` (weights of others), ``trained`` and ``export``
+* what is kept: ``checkpoint``, ``formats`` (weights of others), ``trained``, ``adapter`` and ``export``
 * ``reporting``: progress, heartbeats, metrics, TensorBoard
 """

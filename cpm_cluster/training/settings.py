@@ -161,7 +161,7 @@ class SampleSettings:
 class Settings:
     """All of ``trainer.json``; ``adapter`` holds the LoRA updates to begin with (the job's method.lora.init_from)."""
 
-    format: Literal[1]
+    format: int
     output_dir: str
     expected_world_size: int
     seed: int

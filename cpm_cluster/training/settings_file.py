@@ -16,6 +16,8 @@ from cpm_cluster.training.settings import LoraTuning, Settings, SourceSettings, 
 _INVALID = object()
 # Whether something holds, and what to say where it does not.
 Rule = Tuple[bool, str]
+# Not Literal[1] in Settings: in Python 3.8 that is Literal[True] where a library has made one before (bpo-42345).
+_FORMAT = 1
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -128,6 +130,7 @@ def _out_of_range(settings: Settings) -> list[str]:
     counts, model = _counts(settings), settings.model
     rules = [(value >= 1, f"{key}: must be at least 1") for key, value in counts.items()]
     rules += [
+        (settings.format == _FORMAT, f"format: expected {_FORMAT}, got {settings.format}"),
         (Path(settings.output_dir).is_absolute(), "output_dir: must be an absolute path"),
         (model.head_dim % 2 == 0, "model.head_dim: must be even (rotary pairs)"),
         (model.kv_heads < 1 or model.heads % model.kv_heads == 0, "model.kv_heads: must divide model.heads"),

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 
-from local_runs import ONE_RANK, PATIENCE_S, all_processes, command_line, wait_for
+from local_runs import ONE_RANK, PATIENCE_S, all_processes, command_line, parent_of, wait_for
 
 ENDLESS = {
     "training__steps": 1_000_000,
@@ -195,11 +195,18 @@ def test_one_rank_is_killed(runs):
 
 
 def test_the_time_limit_stops_a_training_with_a_checkpoint_and_resume_finishes_it(runs):
-    job = runs.job(**ENDLESS, resources=ONE_RANK, time_limit="70s", signal_lead="60s")
-    done = runs.submit(job)
-    run = runs.newest()
-    assert done.returncode == 85, done.stdout
-    assert "saved and stopped before its time limit" in done.stdout and "cpm resume" in done.stdout
+    """submitit's controller, which counts the time, is held until training has begun, however long that takes."""
+    job = runs.job(**ENDLESS, resources=ONE_RANK, time_limit="40s", signal_lead="30s")
+    submitter = runs.open("submit", job)
+    run = wait_for("run", lambda: runs.runs_dir.exists() and runs.all())[0]
+    controller = wait_for("controller", lambda: (run.folder / "submission.json").exists() and run.controller)
+    wait_for("its child", lambda: any(parent_of(pid) == controller for pid in all_processes()))
+    os.kill(controller, signal.SIGSTOP)
+    run.await_step(3)
+    os.kill(controller, signal.SIGCONT)
+    told = submitter.communicate(timeout=PATIENCE_S)[0]
+    assert submitter.returncode == 85, told
+    assert "saved and stopped before its time limit" in told and "cpm resume" in told
     assert run.status()["state"] == "stopped"
     assert not run.processes()
     run.shorten_to(run.checkpoint_step + 10)

@@ -73,9 +73,14 @@ def test_another_program_is_just_started_again(program):
 
 
 def test_a_run_that_stopped_before_its_time_limit(ended):
-    verdict = verdict_of(ended.exited(85, stopped_by="SIGUSR2"))
+    verdict = verdict_of(ended.file("checkpoints/latest", "step-40\n").exited(85, stopped_by="SIGUSR2"))
     assert (verdict.category, verdict.transient) == ("time limit", True)
     assert verdict.cause == "It saved and stopped before its time limit."
+
+
+def test_a_run_that_stopped_while_it_was_loading(ended):
+    verdict = verdict_of(ended.exited(85, stopped_by="SIGUSR2"))
+    assert verdict.cause == "It stopped before its time limit, with nothing to save yet."
 
 
 def test_a_lost_run(ended):

@@ -128,7 +128,7 @@ class TestMoreWorkNeedsNoLess:
         assert on_a_gpu(more) >= on_a_gpu(setup)
         assert gpu_need(more).high >= gpu_need(setup).high
         assert host_memory(more).binding.bytes >= host_memory(setup).binding.bytes
-        assert step_time(more).seconds >= step_time(setup).seconds
+        assert step_time(more).seconds >= (1 - 1e-9) * step_time(setup).seconds
 
     @ANY
     @given(setups(modes="full lora qlora infer"), st.sampled_from(("layers", "vocab", "ffn", "kv_heads")))

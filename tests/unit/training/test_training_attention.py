@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import initialise, paired
 from torch.nn import functional
-from torch_here import HAS_SDPA
+from torch_here import HAS_SDPA, HAS_VARLEN
 
 from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.model.attention import (
@@ -29,6 +29,8 @@ from cpm_cluster.training.model.decoder import CPM
 
 CPU = torch.device("cpu")
 PORTABLE = "sdpa" if HAS_SDPA else "math"
+# what stands against the kernel after flash-attention
+VARLEN = "varlen" if HAS_VARLEN else f"torch {torch.__version__} has no varlen_attn"
 HALF_ON_CPU = Demands(CPU, torch.bfloat16, 64, deterministic=False)
 
 # Uneven documents, some of one token, padding at the end of rows; and rows of one document each.
@@ -384,9 +386,14 @@ class TestChoice:
             ("flash_2_0_8", {}, "flash", ""),
             ("flash_2_8", {"deterministic": True}, "flash", ""),
             ("flash_2_0_8", {"deterministic": True}, "other", "no deterministic backward"),
-            ("flash_2_8", {"dtype": torch.float32}, PORTABLE, "flash computes in bf16 and fp16, not in fp32; varlen"),
-            ("flash_2_8", {"head_dim": 288}, PORTABLE, "flash takes a head_dim of up to 256, not 288; varlen"),
-            ("flash_2_8", {"sm": (7, 5)}, PORTABLE, "flash needs a GPU of sm_80 or newer, this is sm_75; varlen"),
+            (
+                "flash_2_8",
+                {"dtype": torch.float32},
+                PORTABLE,
+                f"flash computes in bf16 and fp16, not in fp32; {VARLEN}",
+            ),
+            ("flash_2_8", {"head_dim": 288}, PORTABLE, f"flash takes a head_dim of up to 256, not 288; {VARLEN}"),
+            ("flash_2_8", {"sm": (7, 5)}, PORTABLE, f"flash needs a GPU of sm_80 or newer, this is sm_75; {VARLEN}"),
         ],
     )
     def test_on_a_gpu_flash_attn_comes_first_where_it_can(self, monkeypatch, signature, change, chosen, why):

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -316,6 +317,49 @@ def test_a_run_of_one_process_takes_any_free_port_and_says_the_stage_where_it_is
     join(SimpleNamespace(init_distributed=init[version]), Placement(0, 1, 0), 7, 2)
     assert seen == [(7, 2) if version == OLD else (7,)]
     assert os.environ["MASTER_PORT"] == "0"
+
+
+COMPILED = pytest.mark.skipif(
+    not bmtrain_shim.is_installed(OLD),
+    reason="BMTrain is not among Python's packages; `make test-python38` puts it there",
+)
+
+
+@COMPILED
+def test_the_compiled_module_loads_without_a_gpu_once_nccl_is_found():
+    code = (
+        "from cpm_cluster.training.engines.bmtrain_versions import always_recomputes, import_bmtrain\n"
+        "bmt = import_bmtrain()\n"
+        "print(bmt.C.__file__, always_recomputes(bmt))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bmtrain/C.cpython-" in done.stdout and done.stdout.endswith(" True\n")
+
+
+@COMPILED
+def test_its_adam_for_cpus_computes_what_the_tests_put_in_its_place():
+    torch.manual_seed(0)
+    masters, gradients = torch.randn(1000), torch.randn(1000).half()
+    results = []
+    for launch in (import_bmtrain().C.adam_cpu_launcher, partial(bmtrain_shim.adam_on_cpu, torch.float16)):
+        tensors = [masters.clone(), masters.half(), gradients, torch.zeros(1000), torch.zeros(1000)]
+        for step in (1, 2, 3):
+            launch(
+                1000,
+                *(tensor.data_ptr() for tensor in tensors),
+                0.9,
+                0.95,
+                1e-8,
+                1e-2,
+                4.0,
+                0.1,
+                1 - 0.9**step,
+                1 - 0.95**step,
+            )
+        results.append(tensors)
+    for compiled, ours in paired(*results):
+        assert torch.allclose(compiled.float(), ours.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_without_bmtrain_the_user_is_told_so(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -196,7 +197,8 @@ def test_a_large_file_is_mapped_and_an_old_one_is_read(tmp_path):
 
     assert_same(old, weights)
     name = "lm_head.weight"
-    assert str(tmp_path / "new.pt") in Path("/proc/self/maps").read_text()
+    maps = "mmap" in inspect.signature(torch.load).parameters  # since torch 2.1
+    assert (str(tmp_path / "new.pt") in Path("/proc/self/maps").read_text()) == maps
     assert torch.equal(new[name], weights[name])
 
 

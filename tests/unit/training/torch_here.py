@@ -20,8 +20,17 @@ def _refusal() -> str:
     return ""
 
 
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention import varlen  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 DCP_REFUSAL = _refusal()
 SHARDS = hasattr(torch.distributed.fsdp, "fully_shard")
+HAS_VARLEN = _has_varlen()
 HAS_SDPA = hasattr(functional, "scaled_dot_product_attention")
 
 needs_torch_engine = pytest.mark.skipif(bool(DCP_REFUSAL), reason=DCP_REFUSAL or "-")
