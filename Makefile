@@ -1,5 +1,6 @@
 # make demo    train a small model here, from nothing: no root, no Slurm, no Docker, no GPU
 # make test    all tests; what cannot run here is skipped with its reason
+# make test-python38    the trainer and the agent on the stack of cpmlive-flash:0.0.4 (Python 3.8, torch 1.13.1), on CPUs
 # make lint    ruff, mypy, vermin, and that the schemas are current
 # make bench   side by side with named peers; each prints a ratio
 
@@ -13,7 +14,13 @@ TORCH ?= torch==2.13.0
 # the tests run their Python code alone, on CPUs: any interpreter will do, and no CUDA; without them, their tests skip
 BMTRAIN := 0.2.3.post2 1.0.1
 
-.PHONY: demo test lint bench clean
+# cpmlive-flash:0.0.4: its packages as the Dockerfile pins them, with PyPI's torch 1.13.1, for CUDA 11.7 (2 GB)
+IMAGE := .venv38
+PYTHON38 ?= $(or $(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.8.*/bin/python3.8))),python3.8)
+DOCKERFILE := containers/cpmlive-flash/Dockerfile
+PINNED = $(shell grep -oE "($(1))==[0-9][A-Za-z0-9.]*" $(DOCKERFILE) | sort -u)
+
+.PHONY: demo test test-python38 lint bench clean
 
 demo: $(READY)
 	$(BIN)/cpm-submit jobs/quickstart.yaml
@@ -21,6 +28,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m 'not sandbox'
 	$(BIN)/python -m pytest -m sandbox
+
+test-python38: $(IMAGE)/.ready
+	$(IMAGE)/bin/python -m pytest -n 2 tests/unit/agent tests/unit/diagnosis tests/unit/runs/test_records.py tests/unit/training
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,7 +50,7 @@ bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/train_overhead.py
 
 clean:
-	rm -rf $(VENV) $(BENCH) .bmtrain build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) $(IMAGE) .bmtrain build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "cpm-cluster needs Python 3.10 or newer; make PYTHON=python3.11 …")'
@@ -51,6 +61,17 @@ $(READY): setup.cfg pyproject.toml
 	-for version in $(BMTRAIN); do $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	    --only-binary :all: --python-version 3.11 --platform manylinux2014_x86_64 \
 	    --target .bmtrain/$$version bmtrain==$$version || exit; done
+	touch $@
+
+$(IMAGE)/.ready: $(DOCKERFILE)
+	@$(PYTHON38) -c "import sys; sys.exit(sys.version_info[:2] != (3, 8))" || { \
+	    echo "no Python 3.8 ($(PYTHON38)); name one: make PYTHON38=/path/to/python3.8 test-python38" >&2; exit 1; }
+	$(PYTHON38) -m venv $(IMAGE)
+	$(IMAGE)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+	    $(call PINNED,torch|numpy|einops|pytrie|tensorboardX|protobuf|safetensors|tokenizers) \
+	    tensorboard==2.14.0 pytest==8.3.5 pytest-timeout==2.4.0 pytest-xdist==3.6.1 hypothesis==6.113.0
+	$(IMAGE)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: --no-deps \
+	    $(call PINNED,bmtrain|nvidia-nccl-cu11)
 	touch $@
 
 # peers in an environment of their own, beside an ordinary (not editable) installation

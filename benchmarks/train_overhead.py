@@ -39,7 +39,7 @@ from cpm_cluster.training.data.batches import TrainingData
 from cpm_cluster.training.data.packing import IGNORED, Batch
 from cpm_cluster.training.data.token_index import Ranks
 from cpm_cluster.training.engines import open_engine
-from cpm_cluster.training.engines.initial_weights import fill
+from cpm_cluster.training.engines.initial_weights import InitialWeights, fill
 from cpm_cluster.training.engines.torch_engine import adamw
 from cpm_cluster.training.model.attention import open_kernel, segments_of
 from cpm_cluster.training.model.decoder import CPM
@@ -146,7 +146,7 @@ class BareLoop:
     def __init__(self, settings: Settings, batches: list[Batch]) -> None:
         training = settings.training
         self._model = CPM(settings.model, kernel=open_kernel(settings, 0, torch.device("cpu"), torch.float32))
-        fill(self._model, None, settings)
+        fill(self._model, InitialWeights(None, None), settings)
         self._optimizer = adamw(dict(self._model.named_parameters()), training)
         self._batches, self._done, self._clip = batches, 0, training.clip_grad_norm
         self.loss = float("nan")

@@ -26,7 +26,7 @@ def summary(run: Run, state: State, verdict: Verdict | None) -> str:
 
 def _lines(run: Run, state: State, verdict: Verdict | None) -> Iterator[str]:
     metrics = read_lines(run.files.root / "metrics.jsonl")
-    yield from _curve([row for row in metrics if row.get("loss") is not None])
+    yield from _curve([row for row in metrics if isinstance(row.get("loss"), (int, float)) and "step" in row])
     yield from _samples(read_lines(run.files.root / "samples.jsonl"))
     yield from results(run.files.root)
     yield ""
@@ -73,10 +73,11 @@ def _curve(metrics: list[dict[str, Any]]) -> Iterator[str]:
 
 def _samples(samples: list[dict[str, Any]]) -> Iterator[str]:
     """Each prompt with what the model made of it before the first step and after the last."""
+    samples = [row for row in samples if isinstance(row.get("prompt"), str) and isinstance(row.get("text"), str)]
     for prompt in dict.fromkeys(row["prompt"] for row in samples):
         yield ""
         yield f"prompt: {printable(prompt)}"
         for row in (row for row in samples if row["prompt"] == prompt):
-            when = "before" if row["step"] == 0 else f"after {row['step']} steps"
+            when = "before" if row.get("step") == 0 else f"after {row.get('step')} steps"
             yield f"  {when}:"
             yield from textwrap.wrap(printable(row["text"]), 96, initial_indent="    ", subsequent_indent="    ")

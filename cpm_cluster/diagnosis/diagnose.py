@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from cpm_cluster.diagnosis.hang import hang
 from cpm_cluster.diagnosis.verdict import Evidence, Verdict

@@ -128,19 +128,20 @@ class Computation:
         """FLOP/s of attention: fused, or as matrix products whose scores go through memory.
 
         Fused kernels leave out the half that a causal mask hides, where there is one. FlashAttention 2 has none for
-        Volta, Turing or fp32, where torch's memory-efficient one is taken to be as fast as FlashAttention 1.
+        Volta, Turing or fp32: there torch's memory-efficient one is taken to be as fast as FlashAttention 1, and no
+        slower than the matrix products that it replaces.
         """
         c, peak = self.constants, self.gpu.peak(self.setup.precision)
-        aligned = self.setup.shape.size_of_head % 8 == 0
-        penalty: float = 1 if aligned else c.unaligned_heads
+        products = self._head_rate / (1 if self.setup.shape.size_of_head % 8 == 0 else c.unaligned_heads)
         if not self.setup.flash_attention:
-            return self._head_rate / penalty
-        penalty *= 2 - causal_share(self.setup.shape)
+            return products
+        fused = peak * (products / self._head_rate) / (2 - causal_share(self.setup.shape))
+        if self.gpu.generation == "volta" or self.setup.precision == "fp32":
+            return max(products, fused * c.flash_ampere)
         if self.gpu.generation == "hopper":
-            return peak * (c.cudnn_hopper if self.style == "fused" else c.flash_hopper) / penalty
+            return fused * (c.cudnn_hopper if self.style == "fused" else c.flash_hopper)
         first = self.style == "torch" and self.setup.engine != "bmtrain"
-        first = first or self.gpu.generation == "volta" or self.setup.precision == "fp32"
-        return peak * (c.flash_ampere if first else c.flash2_ampere) / penalty
+        return fused * (c.flash_ampere if first else c.flash2_ampere)
 
     @property
     def _traffic(self) -> float:

@@ -39,8 +39,9 @@ def measured(run: Run) -> Measured:
 
 
 def predicted(run: Run) -> dict[str, Any] | None:
-    """What the planner said of it, with the `image` and the `setup` of which it did."""
-    return read_json(run.files.fit)
+    """What the planner said of it, with the `image` and the `setup` of which it did; None where that is damaged."""
+    record = read_json(run.files.fit)
+    return record if record and isinstance(record.get("demands", []), list) else None
 
 
 def usual_speed(metrics: list[dict[str, Any]]) -> float | None:

@@ -147,4 +147,5 @@ def read_submission(run: Run) -> Submission | None:
     texts, attempt = [raw.get(key) for key in ("scheduler", "job_id", "host")], raw.get("attempt", 1)
     if not (all(isinstance(text, str) for text in texts) and isinstance(attempt, int)):
         raise RunError(f"{run.files.submission} is damaged, so that nobody knows which job is this run's")
-    return Submission(*map(str, texts), attempt=attempt)
+    scheduler, job_id, host = map(str, texts)
+    return Submission(scheduler, job_id, host, attempt)

@@ -12,6 +12,7 @@ from cpm_cluster.runs.run import Run, read_submission
 
 Name = Literal["prepared", "queued", "running", "finished", "stopped", "failed", "cancelled", "lost"]
 ENDED: frozenset[Name] = frozenset({"finished", "stopped", "failed", "cancelled", "lost"})
+TEXTS = ("phase", "last_event")  # of progress.json, whose other values are numbers
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read_state(run: Run, alive: bool) -> State:
     events = read_events(run.files.root / "events")
     submission = read_submission(run)
     attempt = max((int(event.get("attempt", 0)) for event in events), default=0)
-    progress = read_json(run.files.progress) if attempt else None
+    progress = _progress(run) if attempt else None
     if submission and attempt < submission.attempt:
         return State("queued" if alive else _without_record(run), "", attempt, None, progress)
     if not submission and not attempt:
@@ -55,6 +56,15 @@ def read_state(run: Run, alive: bool) -> State:
         return State("running", phase, attempt, None, progress)
     code = _exit_code(exits)
     return State(_ended(run, exits, code), phase, attempt, code, progress)
+
+
+def _progress(run: Run) -> dict[str, Any] | None:
+    """What the trainer says of itself; None where what should be numbers is none."""
+    record = read_json(run.files.progress) or {}
+    numbers = {key: value for key, value in record.items() if key not in TEXTS and value is not None}
+    if not isinstance(record.get("step", 0), int) or not all(isinstance(n, (int, float)) for n in numbers.values()):
+        return None
+    return record or None
 
 
 def exit_records(run: Run, attempt: int) -> list[dict[str, Any]]:

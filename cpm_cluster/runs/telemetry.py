@@ -80,6 +80,6 @@ def summary(samples: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
 def _sample(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and value.get("kind") == "sample" else None

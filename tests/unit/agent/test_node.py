@@ -78,7 +78,7 @@ def agent(made_run, tmp_path):
         if run is None:
             program = Program("torchrun", str(launcher), 1, ("-m-trainer", script))
             other = Program(ANY_PROGRAM.launcher, "", 1, ("bash", "-c", script))
-            settings = {"program": program if trainer else other} | plan
+            settings = {"program": program if trainer else other, **plan}
             run = made_run(new_run_id("agent"), trainer=trainer, **settings).run
             run.files.code.mkdir()
         started.append(Agent(run, environment or {}))

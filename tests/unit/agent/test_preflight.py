@@ -24,7 +24,7 @@ def plan(made_run):
     """A plan of two GPUs, in a run directory that is there."""
 
     def make(**settings):
-        return made_run(**({"gpus_per_node": 2, "signal_lead_s": 600} | settings)).run.plan
+        return made_run(**{"gpus_per_node": 2, "signal_lead_s": 600, **settings}).run.plan
 
     return make
 

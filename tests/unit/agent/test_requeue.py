@@ -52,7 +52,7 @@ def slurm(tmp_path, made_run):
         def ask(self, made, *words, **variables):
             argv = [sys.executable, "-m", "cpm_cluster.agent", str(made.run.files.root), *words]
             environment = {"PATH": f"{folder}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "4711"}
-            return subprocess.run(argv, env=environment | variables, capture_output=True, text=True, timeout=30)
+            return subprocess.run(argv, env={**environment, **variables}, capture_output=True, text=True, timeout=30)
 
         def preempts(self):
             job.write_text("JobId=4711 StartTime=2026-01-02T03:04:05 PreemptTime=2026-01-02T04:00:00\n")

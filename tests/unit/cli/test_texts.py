@@ -117,3 +117,10 @@ def test_the_summary_of_a_failure_says_what_to_do(made_run):
     text = summary_of(made, Verdict("program", "It broke.", False, "mend it"))
     assert f"{made.run.id}: failed (exit code 7)\n  It broke.\n  what to do: mend it\n" in text
     assert "log of rank" not in text and "tensorboard" not in text
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "metrics.jsonl", "fit.json", "telemetry/n1.jsonl"])
+@pytest.mark.parametrize("content", ['{"prompt": 1, "loss": "low", "demands": 4, "kind": "x"}', "[]", "[" * 100_000])
+def test_a_damaged_record_costs_its_own_lines_alone(finished, name, content):
+    text = summary_of(finished.file(name, content + "\n"))
+    assert f"{finished.run.id}: finished" in text and "run directory:" in text

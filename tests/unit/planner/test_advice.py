@@ -28,6 +28,9 @@ def advice_on(spec: JobSpec) -> tuple[Advice, ...]:
     return answer(spec).advice
 
 
+LONG_BATCHES = ("training.micro_batch=32",)
+
+
 class TestEveryProposal:
     @pytest.mark.parametrize(("job", "overrides"), TOO_LARGE)
     def test_makes_the_job_fit_when_typed(self, job: str, overrides: tuple[str, ...]) -> None:
@@ -45,6 +48,12 @@ class TestEveryProposal:
         assert more.overrides == ("resources.nodes=4", "training.grad_accum=1")
         assert "GPU memory −" in more.effect and "% time" in more.effect and "price" in more.effect
         assert "LoRA" in lora.change  # changes what is trained, so it comes last
+
+    def test_says_where_its_cost_is_of_as_many_tokens_and_not_of_the_run(self) -> None:
+        """A run of shorter sequences has fewer; one that accumulates more has the same."""
+        found = {advice.change.split()[0]: advice.effect for advice in advice_on(packaged("full_10b", *LONG_BATCHES))}
+        assert found["sequences"].endswith(" for as many tokens")
+        assert found["micro"].endswith(" price")
 
     def test_what_fits_gets_none(self) -> None:
         assert advice_on(packaged("full_100b")) == ()

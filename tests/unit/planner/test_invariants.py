@@ -147,9 +147,10 @@ class TestMoreWorkNeedsNoLess:
 
     @ANY
     @given(setups())
-    def test_scores_that_are_stored_need_memory(self, setup: Setup) -> None:
+    def test_scores_that_are_stored_need_memory_and_time(self, setup: Setup) -> None:
         fused, stored = (replace(setup, flash_attention=how) for how in (True, False))
         assert on_a_gpu(stored) >= on_a_gpu(fused)
+        assert step_time(stored).seconds >= (1 - 1e-9) * step_time(fused).seconds
 
     @ANY
     @given(setups(modes="full"))
@@ -523,6 +524,21 @@ def test_a_model_of_which_a_row_states_more_parameters_than_its_shape_has_them_q
     """Experts of a mixture: 46.7e9 parameters in the layers of a model of 7e9."""
     mixture = replace(LLAMA_3_8B, vocab=32000, parameters_stated=46_700_000_000)
     assert 24 * GIB < on_a_gpu(Setup(shape=mixture, mode="infer", precision="nf4")) < 28 * GIB
+
+
+@pytest.mark.parametrize(("version", "buckets"), [("0.12.6", 0), ("0.12.7", 1), ("0.17.1", 1), ("", 1)])
+def test_stage_1_of_deepspeed_has_a_bucket_since_it_reduces_as_stage_2_does(version: str, buckets: int) -> None:
+    """deepspeed/runtime/engine.py: contiguous_gradients was left to stage 2 before."""
+    setup = Setup(shape=LLAMA_2_7B, engine="deepspeed", engine_version=version, zero_stage=1, dp=8)
+    found = [c.bytes for c in gpu_need(setup).instants[0].components if c.name == "reduce bucket"]
+    assert found == buckets * [2 * 500_000_000]
+
+
+def test_autocast_keeps_half_copies_of_what_is_trained_alone() -> None:
+    """aten/src/ATen/autocast_mode.cpp caches casts of leaves that require a gradient."""
+    reward = Setup(shape=LLAMA_2_7B, mode="reward", trained_parameters_stated=10**9, precision="fp16")
+    found = {c.name: c.bytes for c in gpu_need(reward).instants[0].components}
+    assert found["half copies of the weights"] == 2 * 10**9
 
 
 def told(component: Component) -> bool:

@@ -118,3 +118,10 @@ def test_a_script_that_somebody_submitted_by_hand(made_run):
 def test_the_progress_comes_with_the_state(made_run):
     made = made_run().submitted().file("progress.json", {"step": 3, "steps": 9}).phase("training")
     assert read_state(made.run, alive=True).progress == {"step": 3, "steps": 9}
+
+
+@pytest.mark.parametrize("content", ['{"step": "x"}', '{"step": null}', '{"loss": "low"}', "[1]", "{}", "[" * 100_000])
+def test_progress_that_is_none_is_left_out(made_run, content):
+    made = made_run().submitted().phase("training").file("progress.json", content)
+    state = read_state(made.run, alive=True)
+    assert (state.name, state.phase, state.progress) == ("running", "starting", None)

@@ -369,6 +369,7 @@ def test_without_bmtrain_the_user_is_told_so(monkeypatch):
 
 
 def test_a_bmtrain_without_nccl_is_told_apart_from_none(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "bmtrain", raising=False)
     (tmp_path / "bmtrain.py").write_text("raise ImportError('libnccl.so.2: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="cannot be loaded .libnccl.so.2: cannot open.*needs libnccl.so.2 and a CUDA"):
