@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cpm_cluster.planner.fit import Component
+from cpm_cluster.planner.generation import beyond_the_prompt, generation
 from cpm_cluster.planner.memory_constants import FITTED, MemoryConstants
 from cpm_cluster.planner.model_states import (
     deepspeed_version,
@@ -27,7 +28,6 @@ KORTHIKANTI = "Korthikanti et al. 2022"
 # its gradient 4.
 LOGITS_ONCE = 8.0
 SHIFTS_LABELS = (4, 49)  # transformers/loss/loss_utils.py, ForCausalLMLoss
-KEEPS_ONE_LOGIT = (4, 45)  # num_logits_to_keep, of a prompt
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Activations:
 def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activations:
     tokens = _tokens(setup)
     if setup.mode == "infer":
-        cache = _key_value_cache(setup, stage)
-        return Activations(cache, (), (), (*_logits(setup, constants), *_dequantised_prompt(setup)))
+        made, unpacked = generation(setup, stage), _dequantised_prompt(setup)
+        return Activations(made.cache, made.block, made.second, (*made.logits, *unpacked))
     block = block_bytes_per_token(setup, constants) * tokens
     source = KORTHIKANTI if setup.engine == "megatron" else "counted by tensor; " + FITTED
     head = (*_logits(setup, constants), *_dequantised_head(setup)) if stage.has_head else ()
@@ -225,19 +225,8 @@ def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, 
     return constants.logits_half, FITTED
 
 
-def transformers_version(setup: Setup) -> tuple[int, int] | tuple[()]:
-    """(4, 49); empty where nothing says."""
-    return _transformers_version(setup.engine_version)
-
-
-@lru_cache
-def _transformers_version(software: str) -> tuple[int, int] | tuple[()]:
-    stated = re.search(r"transformers (\d+)\.(\d+)", software)
-    return (int(stated.group(1)), int(stated.group(2))) if stated else ()
-
-
 def shifts_labels(setup: Setup) -> bool:
-    return transformers_version(setup) >= SHIFTS_LABELS
+    return setup.transformers_version >= SHIFTS_LABELS
 
 
 def _model_upcasts(setup: Setup) -> bool:
@@ -247,8 +236,8 @@ def _model_upcasts(setup: Setup) -> bool:
     """
     if not setup.shape.gated_mlp or setup.shape.kind != "decoder":
         return False
-    if transformers_version(setup):
-        return transformers_version(setup) >= (4, 31)
+    if setup.transformers_version:
+        return setup.transformers_version >= (4, 31)
     if deepspeed_version(setup):
         return deepspeed_version(setup) >= (0, 10)
     if setup.torch_version != (0, 0):
@@ -261,13 +250,10 @@ def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: Memor
     """Bytes that logits may take on top, by the model's code.
 
     In training older code of Llama's and GLM's kind may make half logits fp32, too, and a program's own loss may shift
-    fp32 ones, which is a copy; in inference some code computes the logits of a whole prompt, in half and fp32, and all
-    code that does not cut it into pieces one block of it.
+    fp32 ones, which is a copy.
     """
     if setup.mode == "infer":
-        one = transformers_version(setup) >= KEEPS_ONE_LOGIT
-        logits = 0.0 if one else 6 * setup.tokens * setup.shape.vocab / setup.tp
-        return round(logits + _prompt_bytes(setup))
+        return beyond_the_prompt(setup)
     if shifts_labels(setup) and widens_embeddings(setup):
         return 4 * sum(c.bytes for c in passing if c.name == "logits") // round(stream_bytes(setup) + LOGITS_ONCE)
     upcasts = setup.shape.gated_mlp or setup.shape.kind == "glm"
@@ -279,27 +265,5 @@ def logits_beyond(setup: Setup, passing: tuple[Component, ...], constants: Memor
     return round(logits * (constants.logits_upcast / constants.logits_half - 1))
 
 
-def _prompt_bytes(setup: Setup) -> float:
-    """One block for all tokens of a prompt: its input, norm and output, q, k and v, the FFN's branches.
-
-    Without flash attention the scores of all heads instead, and their softmax in fp32.
-    """
-    shape, w, t = setup.shape, weight_bytes(setup), setup.tp
-    attention = shape.attention_width / t + 2 * setup.kv_width
-    wide = (3 if shape.gated_mlp else 2) * shape.ffn / t
-    block = w * (3 * shape.hidden + max(attention, wide))
-    scores = 0.0 if setup.flash_attention else (w + 4) * shape.heads * setup.seq_len / t
-    return setup.tokens * max(block, w * shape.hidden + scores)
-
-
 def _compiles_its_loss(setup: Setup) -> bool:
     return setup.compiled and setup.engine_version.startswith("torchtitan 2025")
-
-
-def _key_value_cache(setup: Setup, stage: Stage) -> tuple[Component, ...]:
-    """Of the blocks of a stage. An encoder generates nothing, and keeps none."""
-    if setup.shape.kind == "bert":
-        return ()
-    each = 2 * weight_bytes(setup)
-    size = each * stage.blocks * setup.kv_width * setup.tokens
-    return (part("key/value cache", f"{each}T × layers × key width", size, "one key and one value"),)

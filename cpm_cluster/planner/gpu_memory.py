@@ -140,7 +140,7 @@ def _timeline(setup: Setup, states: States, kept: Activations, cache: bool) -> I
     if states.staging:
         yield STAGING, states.staging, ()
     if setup.mode == "infer":
-        yield "decoding", states.at_rest, (*states.computing, *kept.kept, *kept.head)
+        yield from _generating(states, kept, cache)
         return
     # Flat buffers of the step are as large as a state: the cache has no free piece of that size, and keeps them.
     flat = states.flat_in_step if cache else ()
@@ -159,6 +159,16 @@ def _timeline(setup: Setup, states: States, kept: Activations, cache: bool) -> I
     yield "backward pass of the first block", first, (*states.computing, *kept.block)
     step = states.stepping if cache else (*states.stepping, *states.flat_in_step)
     yield STEP, (*whole, *step), ()
+
+
+def _generating(states: States, kept: Activations, cache: bool) -> Iterator[tuple[str, Parts, Parts]]:
+    """Of a prompt that is read whole its blocks are the cache's when its logits are made, which are larger pieces."""
+    held = (*states.computing, *kept.kept)
+    yield "decoding", states.at_rest, (*held, *kept.head, *(kept.block if cache else ()))
+    if kept.block:
+        yield "a block of the prompt", states.at_rest, (*held, *kept.block)
+    if kept.extra:
+        yield "the step after the prompt", states.at_rest, (*held, *kept.extra)
 
 
 def _outside_the_allocator(setup: Setup, constants: MemoryConstants) -> Parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 Kind = Literal["decoder", "glm", "t5", "bert"]
@@ -164,6 +164,11 @@ class Setup:
         return (1, 13) if self.engine_version.startswith("transformers 4.2") else (0, 0)
 
     @property
+    def transformers_version(self) -> tuple[int, ...]:
+        """(4, 49); empty where nothing says."""
+        return _transformers_version(self.engine_version)
+
+    @property
     def gpus(self) -> int:
         return self.tp * self.pp * self.dp * self.context_parallel
 
@@ -224,3 +229,9 @@ class Setup:
         if self.trains_adapters:
             return self.adapter_parameters + self.fully_trained_vocabulary
         return self.shape.parameters
+
+
+@lru_cache
+def _transformers_version(software: str) -> tuple[int, ...]:
+    stated = re.search(r"transformers (\d+)\.(\d+)", software)
+    return (int(stated.group(1)), int(stated.group(2))) if stated else ()

@@ -16,6 +16,7 @@ from cpm_cluster.sandbox import (
     host_settings,
     image,
     mounts,
+    network,
     podman,
     processes,
     slurm_conf,
@@ -72,7 +73,9 @@ def down(state: Sandbox) -> None:
     Raises:
         SandboxError: what does not end.
     """
-    users = host_settings.ids_of(state) if accounts.exists(state) else []
+    # the account, and the names of control groups, are the same in every folder
+    elsewhere = network.is_up_elsewhere(state)
+    users = host_settings.ids_of(state) if accounts.exists(state) and not elsewhere else []
     # containers first: dockerd would wait for as long as a job asks with --stop-timeout
     _end(lambda: container_leftovers.container_processes(state.root) | container_leftovers.processes_of(users))
     for engine in dockerd.engines(state):
@@ -83,7 +86,7 @@ def down(state: Sandbox) -> None:
         for mounted in mounts.below(folder):
             run(["umount", str(mounted)])
         shutil.rmtree(folder, ignore_errors=True)
-    for engine in dockerd.engines(state):
+    for engine in () if elsewhere else dockerd.engines(state):
         container_leftovers.remove_control_groups(f"{dockerd.CGROUP}/{engine.name}")
     host_settings.restore(state)
 

@@ -64,7 +64,8 @@ class Catalogue:
         found = self.find(kind, name.text)
         if found is None:
             known = self.names(kind)
-            hint = _meant(kind, name.text, known) or f"; known here: {listed(known)}"
+            most = 3 if kind == "models" else 1  # the nearest to a 10b may be a 100b
+            hint = did_you_mean(name.text.replace(":", "-"), known, most) or f"; known here: {listed(known)}"
             problems.append(Problem(name.where, key, f"{quoted(name.text)} is not in configs/{kind}{hint}"))
             return None
         return read_yaml(found, set_by, problems, shown_as=self.shown(found))
@@ -85,13 +86,6 @@ class Catalogue:
             if path.is_relative_to(folder) and folder.name == "configs":
                 return str(Path("configs") / path.relative_to(folder))
         return str(path)
-
-
-def _meant(kind: str, text: str, known: list[str]) -> str:
-    """` (did you mean x?)`: names that are alike, or have the text as a part, as 100b is one of cpm-9g-100b."""
-    most = 3 if kind == "models" else 1  # the nearest to a 10b may be a 100b
-    whole = [name for name in known if text.lower() in name.lower().split("-")]
-    return did_you_mean(text.replace(":", "-"), known, most) or (f" (did you mean {listed(whole)}?)" if whole else "")
 
 
 def packaged_configs() -> Path:

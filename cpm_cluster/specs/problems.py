@@ -67,8 +67,10 @@ def nearest(word: str, known: Iterable[str], most: int = 1) -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
-    """` (did you mean x?)` for the nearest of `known`, or nothing."""
-    near = nearest(word, known, most)
+    """` (did you mean x?)` for those of `known` that have the word as a part (100b: cpm-9g-100b), or the nearest."""
+    names = list(known)
+    whole = [name for name in names if "-" in name and word.lower() in name.lower().split("-")]
+    near = whole or nearest(word, names, most)
     return f" (did you mean {listed(near)}?)" if near else ""
 
 

@@ -317,7 +317,10 @@ def test_a_second_sandbox_is_refused_and_its_down_does_not_touch_the_first(clust
     with pytest.raises(SandboxError, match=f"cpmbr0 belongs to the sandbox in {cluster.root}: take that down first"):
         sandbox.up(other, install=False, with_containers=False)
     folders.claim(other)
-    sandbox.down(other, keep_files=False, purge=False)
+    with subprocess.Popen(as_user(cluster, "sleep", "600")) as of_the_user:
+        sandbox.down(other, keep_files=False, purge=False)
+        assert of_the_user.poll() is None
+        of_the_user.kill()
     assert not tmp_path.exists()
     assert daemon_pids(cluster) == pids
     assert all_become_idle(cluster), node_states(cluster)

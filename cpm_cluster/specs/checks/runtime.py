@@ -18,7 +18,8 @@ def _runtime(spec: JobSpec) -> Iterator[Finding]:
     offered, asked = spec.cluster.runtimes, spec.runtime
     fitting = [name for name in offered if runtime_obstacle(spec, name) is None]
     if asked is not None and asked not in offered:
-        yield "runtime", f"{asked} is not offered by {spec.cluster_name}, which has {listed(offered)}"
+        others = "; the job names no cluster: name the one that is meant" if _is_detected(spec) else ""
+        yield "runtime", f"{asked} is not offered by {spec.cluster_name}, which has {listed(offered)}{others}"
     elif asked is not None and asked not in fitting:
         others = f"write {listed(fitting)}" if fitting else f"no other runtime of {spec.cluster_name} can run it either"
         yield "runtime", f"{asked} cannot run this job: it {runtime_obstacle(spec, asked)}; {others}"
@@ -31,6 +32,11 @@ def _runtime(spec: JobSpec) -> Iterator[Finding]:
     elif not fitting:
         reasons = "; ".join(f"{name} {runtime_obstacle(spec, name)}" for name in offered)
         yield "runtime", f"no runtime of {spec.cluster_name} can run this job: {reasons}"
+
+
+def _is_detected(spec: JobSpec) -> bool:
+    origin = spec.origins.get("cluster")
+    return origin is not None and origin.set_by == "detected"
 
 
 def runtime_obstacle(spec: JobSpec, runtime: str) -> str | None:

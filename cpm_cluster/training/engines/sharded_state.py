@@ -49,8 +49,10 @@ def require_dcp() -> None:
         from torch.distributed.checkpoint import default_planner, filesystem  # noqa: F401 - for those who need them
         from torch.distributed.checkpoint.metadata import StorageMeta  # noqa: F401 - torch 2.4 brought it
     except ImportError as error:
-        reason = f"for checkpoints the torch engine needs torch 2.4 or newer, this is {torch.__version__}"
-        raise UserError(reason) from error
+        raise UserError(
+            f"for checkpoints engine torch needs torch 2.4 or newer, this is {torch.__version__};"
+            " name engine bmtrain, or a newer image"
+        ) from error
 
 
 class Stager:

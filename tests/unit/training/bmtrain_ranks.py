@@ -14,6 +14,15 @@ def train(version: str, run, world_size: int = 2, first_loss_scale: float | None
     return finish(start_ranks(run.write_settings(), world_size, run.directory, prepare=prepare))
 
 
+def train_until_killed(version: str, run, kill) -> int:
+    """Train a TinyRun on two ranks until :class:`checkpoint_faults.Killed` kills one; return that one's exit code."""
+    ranks = start_ranks(run.write_settings(), 2, run.directory, prepare=partial(_prepare_to_be_killed, version, kill))
+    ranks[kill.rank].join(60)
+    for rank in ranks:
+        rank.kill()
+    return finish(ranks)[kill.rank]
+
+
 def train_reference(run, world_size: int = 1) -> list[int]:
     """Train a TinyRun with engine torch, without its checkpoints where torch is too old for them."""
     prepare = _keep_no_state if DCP_REFUSAL else None
@@ -37,6 +46,11 @@ def _keep_no_state(rank: int) -> None:
 
     torch_engine.require_dcp = lambda: None
     torch_engine.TorchEngine.stage_state = lambda engine, directory: _NoState()
+
+
+def _prepare_to_be_killed(version: str, kill, rank: int) -> None:
+    _prepare(version, None, rank)
+    kill(rank)
 
 
 def _prepare(version: str, first_loss_scale: float | None, rank: int) -> None:

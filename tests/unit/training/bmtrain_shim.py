@@ -126,6 +126,7 @@ def _fake_cuda() -> None:
     cuda.get_device_capability = lambda device=None: (7, 0)  # too old for flash-attention
     cuda.set_device = cuda.synchronize = lambda device=None: None
     cuda.cudart = _Runtime
+    cuda.is_current_stream_capturing = lambda: False  # a torch built for CUDA asks the driver
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.Stream = cuda.Event = _Inert

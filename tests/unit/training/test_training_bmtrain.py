@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ import bmtrain_ranks
 import bmtrain_shim
 import pytest
 import torch
+from checkpoint_faults import Killed
 from tiny_runs import TinyRun, paired
 
 from cpm_cluster.training.engines.bmtrain_layers import Part
@@ -188,6 +190,16 @@ def test_a_resumed_run_ends_with_the_bits_of_a_straight_one(trained, tmp_path, v
     straight = trained(version, precision, method=METHODS[method], **offloading)
     resumed = _resumed(straight, version, tmp_path, **offloading)
     _assert_same_bits(resumed, straight, "weights/model.pt" if method == "full" else "weights/delta.pt")
+
+
+@pytest.mark.parametrize("version", [OLD, NEW])
+def test_a_run_killed_while_it_saves_ends_with_the_bits_of_a_straight_one(trained, tiny_run, version):
+    straight = trained(version)
+    run = tiny_run(**_settings(2), **{"training.precision": "fp16"}, **GENTLE)
+    for kill in (Killed(1, "sum", 1), Killed(0, "manifest", 2), Killed(0, "latest", 1)):
+        assert bmtrain_ranks.train_until_killed(version, run, kill) == -signal.SIGKILL, (kill, run.log(kill.rank))
+    assert bmtrain_ranks.train(version, run) == [0, 0], run.log()
+    _assert_same_bits(run, straight)
 
 
 def test_dropout_goes_on_where_it_was(trained, tmp_path):

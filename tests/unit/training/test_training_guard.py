@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch_here import require_torch_for
 
 from cpm_cluster.training.checkpoint import CheckpointError, Checkpoints
 from cpm_cluster.training.engines.torch_engine import TorchEngine
@@ -100,6 +101,7 @@ class PoisonedRun:
 
     def train(self) -> str:
         """Run to the end; return the outcome."""
+        require_torch_for(self.files.raw)
         self.poison()
         try:
             return train(parse_settings(self.files.raw), Placement(0, 1, 0), b"")

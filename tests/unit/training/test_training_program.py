@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from tiny_runs import encode_row
 from torch_here import needs_torch_engine
 
@@ -16,11 +18,13 @@ from cpm_cluster.training.data.corpus import Row
 from cpm_cluster.training.data.packing import collate
 from cpm_cluster.training.data.tokenizer import load_tokenizer
 from cpm_cluster.training.engines import open_engine
+from cpm_cluster.training.engines.fsdp import shard_model
 from cpm_cluster.training.engines.loss_scale import LossScale
 from cpm_cluster.training.engines.torch_engine import TorchEngine
 from cpm_cluster.training.errors import UserError, clear_errors, record_error
 from cpm_cluster.training.files import sha256_of, write_atomically, write_json
 from cpm_cluster.training.finetune import main
+from cpm_cluster.training.model.decoder import CPM
 from cpm_cluster.training.placement import (
     Placement,
     confirm_world,
@@ -86,6 +90,26 @@ def test_a_run_that_changes_its_precision_takes_no_loss_scale_along():
     assert bf16.value == 1
     fp16.restore(bf16.as_json())
     assert fp16.value == first
+
+
+def test_on_a_torch_without_dcp_engine_torch_is_refused_in_one_sentence(tiny_run, capsys, monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint", None)
+
+    assert main([tiny_run(expected_world_size=1).write_any_settings()]) == 2
+
+    told = capsys.readouterr().err
+    assert f"for checkpoints engine torch needs torch 2.4 or newer, this is {torch.__version__}; name engine" in told
+    assert "Traceback" not in told
+
+
+def test_nor_does_a_torch_without_fsdp2_shard(tiny_settings, monkeypatch):
+    monkeypatch.delattr(torch.distributed.fsdp, "fully_shard", raising=False)
+    model = CPM(tiny_settings().model)
+
+    with pytest.raises(UserError, match=r"training.zero_stage above 0 needs torch 2.6 or newer, .*; use 0 \(DDP\)"):
+        shard_model(model, torch.device("cpu"), None, reshard=True)
 
 
 @needs_torch_engine
