@@ -30,7 +30,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m sandbox
 
 test-python38: $(IMAGE)/.ready
-	$(IMAGE)/bin/python -m pytest -n 2 tests/unit/agent tests/unit/diagnosis tests/unit/runs/test_records.py tests/unit/training
+	$(IMAGE)/bin/python -m pytest -n 2 tests/unit/agent tests/unit/diagnosis tests/unit/runs tests/unit/training
 
 lint: $(READY)
 	$(BIN)/ruff check .

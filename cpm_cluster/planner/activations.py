@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.generation import beyond_the_prompt, generation
@@ -52,7 +51,8 @@ def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activ
         sent /= setup.tp
     inputs = part("inputs of the blocks", f"{wide}Th × blocks × micro batches", sent, KORTHIKANTI)
     unpacked = _dequantised(setup)
-    one = (part("one block", "T × saved by a block", block, source), *unpacked)
+    scores = _gradients_of_scores(setup, tokens)
+    one = (part("one block", "T × saved by a block", block, source), *unpacked, *scores)
     if setup.recompute == "full":
         return Activations((inputs,), one, one, head)
     if setup.recompute == "selective" and setup.engine != "megatron":
@@ -64,7 +64,7 @@ def activations(setup: Setup, stage: Stage, constants: MemoryConstants) -> Activ
     size = block * blocks * stage.micro_batches
     saved = part("activations", "T × saved by a block × blocks", size, source)
     again = _scores_again(setup, tokens)
-    return Activations((saved,), (*one, *again), (*unpacked, *again), head)
+    return Activations((saved,), (*one, *again), (*unpacked, *again, *scores), head)
 
 
 def stream_bytes(setup: Setup) -> int:
@@ -111,12 +111,12 @@ def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
     shape, w, t = setup.shape, stream_bytes(setup), setup.tp
     h = shape.hidden / t if setup.sequence_parallel else shape.hidden
     f, attention = shape.ffn / t, shape.attention_width / t + setup.kv_width
-    upcasts = shape.gated_mlp or (setup.engine == "none" and setup.precision in ("fp16", "bf16"))
+    upcasts = shape.gated_mlp or setup.autocasts
     saved = 2.0 * (4 if upcasts else w) * h  # inputs of both norms: RMSNorm, and LayerNorm under autocast, in fp32
     saved += 2 * w * attention  # q, k, v and the output of attention
     saved += w * f * (3 if shape.gated_mlp else 1)  # input of the activation; its output and the gated branch
-    if not shape.gated_mlp and "transformers" in setup.engine_version:
-        saved += 2 * w * f  # NewGELUActivation is written out in Python
+    if _writes_gelu_out(setup):
+        saved += 2 * w * f
     linear_inputs = w * (2 * h + f)
     if setup.trains_adapters:
         inputs = {"o": shape.attention_width / t, "down": f}
@@ -134,14 +134,37 @@ def _eager_block(setup: Setup, constants: MemoryConstants) -> float:
     return saved
 
 
-def _scores_per_token(setup: Setup) -> float:
-    """Without flash attention: softmax, dropout's mask and its result, each s × s for every head.
+def _writes_gelu_out(setup: Setup) -> bool:
+    """In Python, operation by operation: NewGELUActivation of decoders in transformers, and BERT's in apex' time.
 
-    Not fp32 under autocast: with that the runs of measured_runs.csv on full cards would not have been possible.
+    transformers/activations.py; pytorch_pretrained_bert/modeling.py, gelu.
     """
+    version = setup.engine_version
+    return not setup.shape.gated_mlp and ("apex" in version or ("transformers" in version and setup.shape.kind != "bert"))
+
+
+def _scores_per_token(setup: Setup) -> float:
+    """Without flash attention: what is kept of s × s elements for every head."""
     if setup.flash_attention:
         return 0.0
-    return (2 * weight_bytes(setup) + 1) * setup.shape.heads * setup.seq_len / setup.tp
+    return _bytes_of_a_score(setup) * setup.shape.heads * setup.seq_len / setup.tp
+
+
+def _bytes_of_a_score(setup: Setup) -> int:
+    """Softmax, dropout's mask and its result; models of the Llama family have a softmax in fp32, its cast, no dropout.
+
+    Others not fp32 under autocast: with that the runs of measured_runs.csv on full cards would not have been possible.
+    """
+    if softmax_is_wide(setup):
+        return 4 if weight_bytes(setup) == 4 else 6
+    if setup.shape.kind == "bert" and setup.autocasts:
+        return 7
+    return 2 * weight_bytes(setup) + 1
+
+
+def softmax_is_wide(setup: Setup) -> bool:
+    """modeling_llama.py of transformers and what follows it: softmax(…, dtype=torch.float32).to(query_states.dtype)."""
+    return setup.shape.gated_mlp and setup.shape.kind == "decoder" and "transformers" in setup.engine_version
 
 
 def _scores_again(setup: Setup, tokens: int) -> tuple[Component, ...]:
@@ -150,6 +173,17 @@ def _scores_again(setup: Setup, tokens: int) -> tuple[Component, ...]:
         return ()
     size = 5 * setup.shape.heads * setup.seq_len * tokens / setup.tp
     return (part("scores of one block", "5asT/t", size, KORTHIKANTI),)
+
+
+def _gradients_of_scores(setup: Setup, tokens: int) -> tuple[Component, ...]:
+    """Of the softmax's result and of its input, when what the FFN had kept is gone, which comes after attention."""
+    if setup.flash_attention or setup.engine == "megatron":
+        return ()
+    w, shape = weight_bytes(setup), setup.shape
+    each = w + max(w, 4) if softmax_is_wide(setup) else 2 * w
+    kept = (3 if shape.gated_mlp else 1) * stream_bytes(setup) * shape.ffn / setup.tp
+    size = tokens * (each * shape.heads * setup.seq_len / setup.tp - kept)
+    return (part("gradients of scores", f"{each}asT less what the FFN kept", size, "counted by tensor"),) if size > 0 else ()
 
 
 def _megatron_block(setup: Setup) -> float:
@@ -206,6 +240,8 @@ def _logits(setup: Setup, constants: MemoryConstants) -> tuple[Component, ...]:
 def _bytes_of_a_logit(setup: Setup, constants: MemoryConstants) -> tuple[float, str]:
     if setup.mode in ("infer", "reward"):
         return 0.0, "of the last token alone"
+    if setup.cut_cross_entropy:
+        return 0.0, "Wijmans et al. 2024: tile by tile, in one kernel"
     if setup.fused_cross_entropy:
         return constants.logits_fused, FITTED
     if setup.engine == "fsdp" and not _compiles_its_loss(setup):

@@ -108,7 +108,7 @@ def reduce_seconds(setup: Setup, parameters: float, at: Rates) -> float:
     every = data_group(setup)
     if every.ranks == 1 or setup.mode == "infer":
         return 0.0
-    width = 4 if setup.precision in ("fp32", "bf16_fp32grad") else HALF
+    width = 4 if setup.precision in ("fp32", "bf16_fp32grad") or setup.autocasts else HALF
     trained = _trained_share(setup) * parameters
     if setup.zero_stage >= 3:
         between = Group(setup.nodes, 1)

@@ -157,7 +157,7 @@ def _style(setup: Setup) -> str:
         return "fused"
     if setup.compiled or "torchtune" in version:  # whose recipes compile layer by layer
         return "compiled"
-    if setup.engine in ("fsdp", "ddp", "bmtrain"):
+    if setup.engine in ("fsdp", "ddp", "bmtrain") and not setup.transformers_version:
         return "torch"
     return "transformers"
 
@@ -168,7 +168,7 @@ def _activation_bytes(setup: Setup) -> float:
     The paper counts what is kept for the backward pass; a gated layer is counted in the same way.
     """
     shape, tp = setup.shape, setup.tp
-    autocast = setup.engine == "none" and setup.mode == "full" and setup.precision in ("fp16", "bf16")
+    autocast = setup.autocasts and setup.mode == "full"
     wide = 2 if autocast or setup.precision == "fp32" else 1  # fp32 weights: what isn't a product is in fp32
     if shape.gated_mlp:
         whole, divided = 16 * shape.hidden, 12 * shape.hidden + 8 * shape.ffn

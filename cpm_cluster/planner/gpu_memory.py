@@ -145,7 +145,7 @@ def _timeline(setup: Setup, states: States, kept: Activations, cache: bool) -> I
     # Flat buffers of the step are as large as a state: the cache has no free piece of that size, and keeps them.
     flat = states.flat_in_step if cache else ()
     rest = (*states.at_rest, *flat)
-    earlier = states.gradients if setup.accumulates else ()
+    earlier = states.gradients if setup.accumulates or setup.keeps_gradients else ()
     whole = (*rest, *states.gradients)
     # BMTrain gathers in a stream of its own: what that leaves free serves no other stream, and no larger matrix.
     pool = states.reducing if cache and setup.engine == "bmtrain" else ()

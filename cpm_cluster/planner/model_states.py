@@ -19,6 +19,7 @@ ZERO = "ZeRO, Rajbhandari et al. 2020"
 DTYPE = "bytes of the data type"
 ADAM = "Adam, Kingma and Ba 2015"
 DEEPSPEED_ENGINE = "deepspeed/runtime/engine.py, _configure_distributed_model"
+STAGE_0 = "deepspeed/runtime/fp16/fused_optimizer.py, step"
 STAGE_2 = "deepspeed/runtime/zero/stage_1_and_2.py"
 STAGE_3 = "deepspeed/runtime/zero/stage3.py"
 BLOCKS = "bmtrain/block_layer.py"
@@ -134,11 +135,12 @@ def _frozen(setup: Setup, share: float, ranks: int = 1) -> list[Component]:
 def widens_embeddings(setup: Setup) -> bool:
     """peft's prepare_model_for_kbit_training casts what stays unquantised to fp32 (not with GPTQ: assumed there).
 
-    Not where weights are sharded, which must be of one type (trl/trainer/sft_trainer.py, is_sharded_qlora).
+    Not where weights are sharded, which must be of one type (trl/trainer/sft_trainer.py, is_sharded_qlora); axolotl
+    casts them back to half (axolotl/loaders/model.py, needs_fa2_dtype).
     """
     sharded = setup.engine == "fsdp" or setup.zero_stage >= 3
-    prepares = setup.mode != "infer" and not sharded and not setup.engine_version.startswith("litgpt")
-    return setup.quantised and prepares
+    keeps_half = setup.engine_version.startswith(("litgpt", "axolotl"))
+    return setup.quantised and setup.mode != "infer" and not sharded and not keeps_half
 
 
 def quantises_the_head(setup: Setup) -> bool:
@@ -230,8 +232,9 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
             frozen = width * (stage.parameters - trained) / weights_over
             at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
         at_rest.append(part("trained weights", f"{width}T" + over(weights_over), width * trained / weights_over, ZERO))
+    master = master_bytes(setup)
     if not on_host:
-        states = (0 if width == 4 else 4) + moment_bytes(setup, 4)
+        states = (0 if width == 4 else master) + moment_bytes(setup, master)
         name = "Adam moments" if width == 4 else "master copy and moments"
         at_rest.append(part(name, f"{states}T" + over(states_over), states * trained / states_over, ZERO))
     if level == 2 or (level == 1 and (deepspeed_version(setup) or BUCKETS_IN_STAGE_1) >= BUCKETS_IN_STAGE_1):
@@ -244,15 +247,19 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
     if not on_host and width == 2 and not setup.trains_adapters:
         group = min(trained / states_over, SUB_GROUP) if level >= 3 else trained / states_over
         source = STAGE_3 if level >= 3 else STAGE_2
-        flat.append(part("fp32 gradients", "4T" + over(states_over), 4 * group, source))
-    if on_host and width == 2 and 1 <= level <= 2 and returns_wide_weights(setup):
+        what = "fp32 gradients" if master == 4 else "flat gradients"
+        flat.append(part(what, f"{master}T" + over(states_over), master * group, source))
+    if on_host and width == 2 and master == 4 and 1 <= level <= 2 and returns_wide_weights(setup):
         flat.append(part("updated weights in fp32", "4T" + over(n), 4 * trained / n, STAGE_2 + " of 0.14.1 to 0.16"))
+    stepping = []
+    if level == 0 and setup.precision == "fp16":
+        stepping.append(part("fp32 gradients before they are flat", "4T", 4 * trained, STAGE_0))
     computing = _gathered(setup, width, n) if level >= 3 else []
     reducing = [_largest_gradient(setup, width)] if level == 2 and not setup.trains_adapters else []
     staging = []
     if level >= 3 and not setup.zero_init:
         staging.append(part("the whole model", f"{width}N", width * stage.parameters, DEEPSPEED_ENGINE))
-    return States(tuple(at_rest), tuple(gradients), tuple(computing), tuple(reducing), (), tuple(flat), tuple(staging))
+    return States(tuple(at_rest), tuple(gradients), tuple(computing), tuple(reducing), tuple(stepping), tuple(flat), tuple(staging))
 
 
 def step_beyond(setup: Setup, stage: Stage) -> int:
@@ -265,10 +272,20 @@ def step_beyond(setup: Setup, stage: Stage) -> int:
     if setup.engine != "deepspeed" or setup.offload_optimizer:
         return 0
     trained = _trained(setup, stage) / (setup.shards if setup.zero_stage else 1)
-    size = 2.0 * trained if setup.zero_stage in (1, 2) and weight_bytes(setup) == 2 else 0.0
+    wide = master_bytes(setup) == 4
+    size = 2.0 * trained if setup.zero_stage in (1, 2) and weight_bytes(setup) == 2 and wide else 0.0
     if "transformers" in setup.engine_version and setup.optimizer in ("adam", "adamw"):
-        size += 4 * min(trained, SUB_GROUP if setup.zero_stage >= 3 else trained)
+        size += master_bytes(setup) * min(trained, SUB_GROUP if setup.zero_stage >= 3 else trained)
     return round(size)
+
+
+def master_bytes(setup: Setup) -> int:
+    """Of DeepSpeed's master copy of a parameter, and of each of its moments.
+
+    Pure half precision is bf16_master_weights_and_grads and bf16_optimizer_states, which stages 1 to 3 alone know
+    (deepspeed/runtime/engine.py): the master copy is a clone (stage3.py, stage_1_and_2.py).
+    """
+    return 2 if setup.precision.endswith("_pure") and setup.zero_stage >= 1 and setup.mode == "full" else 4
 
 
 def deepspeed_version(setup: Setup) -> tuple[int, ...]:

@@ -206,6 +206,7 @@ def _setup(cells: _Cells) -> Setup:
         flash_attention=cells.flag("flash_attn"),
         sequence_parallel="sequence parallel" in note,
         fused_cross_entropy="chunked cross entropy" in note or _chunks_its_loss(version),
+        cut_cross_entropy="cut cross entropy" in note,
         compiled="torch.compile" in note,
         tp=tp,
         pp=pp,

@@ -133,6 +133,7 @@ class Setup:
     row_masks: bool = True  # our torch engine: attention is told by a mask which documents of a row see each other
     sequence_parallel: bool = False
     fused_cross_entropy: bool = False  # the loss never holds all logits in fp32 at once
+    cut_cross_entropy: bool = False  # the loss holds no logits at all (Wijmans et al. 2024)
 
     compiled: bool = False  # torch.compile
 
@@ -157,11 +158,24 @@ class Setup:
 
     @property
     def torch_version(self) -> tuple[int, int]:
-        """(major, minor), as far as the version of the software says; (0, 0) where it doesn't."""
+        """(major, minor), as far as the version of the software says; (0, 0) where it doesn't.
+
+        The mixed precision of apex is that of torch before 1.6; transformers 4.27 came out with torch 2.0.
+        """
         stated = re.search(r"torch (\d+)\.(\d+)", self.engine_version)
         if stated:
             return int(stated.group(1)), int(stated.group(2))
-        return (1, 13) if self.engine_version.startswith("transformers 4.2") else (0, 0)
+        if "apex" in self.engine_version:
+            return 1, 5
+        return (1, 13) if () < self.transformers_version < (4, 27) else (0, 0)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether those of a step are there in the next: before torch 2.0 zero_grad fills them with zeros.
+
+        torch/nn/modules/module.py and torch/optim/optimizer.py; DeepSpeed and Megatron drop them by themselves.
+        """
+        return self.engine in ("none", "ddp", "fsdp") and (0, 0) < self.torch_version < (2, 0)
 
     @property
     def transformers_version(self) -> tuple[int, ...]:
@@ -200,6 +214,11 @@ class Setup:
     @property
     def quantised(self) -> bool:
         return self.precision in QUANTISED
+
+    @property
+    def autocasts(self) -> bool:
+        """Half precision by torch's autocast, over fp32 weights."""
+        return self.engine in ("none", "ddp") and self.precision in ("fp16", "bf16")
 
     @property
     def trains_adapters(self) -> bool:

@@ -33,6 +33,6 @@ def provenance(code: Snapshot | None) -> dict[str, Any]:
 def _packages() -> Iterator[tuple[str, str]]:
     """Names and versions; what pip left of a broken installation has neither."""
     for distribution in distributions():
-        name, version = distribution.metadata.get("Name"), distribution.metadata.get("Version")
-        if name and version:
-            yield name, version
+        stated = distribution.metadata
+        if "Name" in stated and "Version" in stated:
+            yield stated["Name"], stated["Version"]

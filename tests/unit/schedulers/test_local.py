@@ -18,6 +18,7 @@ from cpm_cluster.runs.run import RunError, Submission, new_run_id
 from cpm_cluster.schedulers import SchedulerError, local, open_scheduler
 
 HERE = Program("torchrun", sys.executable, 2, ())
+ELSEWHERE = Program("torchrun", "/opt/python", 2, ())
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_trainer_without_torch_is_told_how_to_get_it(plan, monkeypatch):
 
 def test_another_python_is_its_owners_business_and_a_command_needs_none(plan, made_run, monkeypatch):
     monkeypatch.setattr(local, "find_spec", lambda name: None)
-    open_scheduler("local").require(plan(Program("torchrun", "/opt/python", 2, ())))
+    open_scheduler("local").require(plan(ELSEWHERE))
     open_scheduler("local").require(made_run(trainer=False, program=ANY_PROGRAM).run.plan)
 
 
@@ -48,13 +49,13 @@ def test_a_file_that_is_not_there_is_missed(plan, tmp_path, key):
     there.touch()
     train = [{"path": str(there)}, {"path": "builtin:python-reference"}]
     named = {"data": {"train": train, "eval": []}, "tokenizer": "bytes"}
-    open_scheduler("local").require(plan(**named))
+    open_scheduler("local").require(plan(ELSEWHERE, **named))
     if key in named["data"]:
         named["data"][key].append({"path": str(missing)})
     else:
         named[key] = str(missing)
     with pytest.raises(RunError, match=f"the job names {missing}, which is not there or cannot be read"):
-        open_scheduler("local").require(plan(**named))
+        open_scheduler("local").require(plan(ELSEWHERE, **named))
 
 
 def test_a_machine_without_proc_and_prctl(plan, monkeypatch):
