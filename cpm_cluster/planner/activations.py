@@ -140,7 +140,9 @@ def _writes_gelu_out(setup: Setup) -> bool:
     transformers/activations.py; pytorch_pretrained_bert/modeling.py, gelu.
     """
     version = setup.engine_version
-    return not setup.shape.gated_mlp and ("apex" in version or ("transformers" in version and setup.shape.kind != "bert"))
+    return not setup.shape.gated_mlp and (
+        "apex" in version or ("transformers" in version and setup.shape.kind != "bert")
+    )
 
 
 def _scores_per_token(setup: Setup) -> float:
@@ -183,7 +185,11 @@ def _gradients_of_scores(setup: Setup, tokens: int) -> tuple[Component, ...]:
     each = w + max(w, 4) if softmax_is_wide(setup) else 2 * w
     kept = (3 if shape.gated_mlp else 1) * stream_bytes(setup) * shape.ffn / setup.tp
     size = tokens * (each * shape.heads * setup.seq_len / setup.tp - kept)
-    return (part("gradients of scores", f"{each}asT less what the FFN kept", size, "counted by tensor"),) if size > 0 else ()
+    return (
+        (part("gradients of scores", f"{each}asT less what the FFN kept", size, "counted by tensor"),)
+        if size > 0
+        else ()
+    )
 
 
 def _megatron_block(setup: Setup) -> float:

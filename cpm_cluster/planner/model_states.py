@@ -259,7 +259,15 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
     staging = []
     if level >= 3 and not setup.zero_init:
         staging.append(part("the whole model", f"{width}N", width * stage.parameters, DEEPSPEED_ENGINE))
-    return States(tuple(at_rest), tuple(gradients), tuple(computing), tuple(reducing), tuple(stepping), tuple(flat), tuple(staging))
+    return States(
+        tuple(at_rest),
+        tuple(gradients),
+        tuple(computing),
+        tuple(reducing),
+        tuple(stepping),
+        tuple(flat),
+        tuple(staging),
+    )
 
 
 def step_beyond(setup: Setup, stage: Stage) -> int:
@@ -295,7 +303,7 @@ def deepspeed_version(setup: Setup) -> tuple[int, ...]:
 
 @lru_cache
 def _deepspeed_version(software: str) -> tuple[int, ...]:
-    stated = re.search(r"(?:^|deepspeed )(\d+)\.(\d+)(?:\.(\d+))?", software)
+    stated = re.search(r"(?:^|[Dd]eep[Ss]peed )(\d+)\.(\d+)(?:\.(\d+))?", software)
     return tuple(int(number or 0) for number in stated.groups()) if stated else ()
 
 

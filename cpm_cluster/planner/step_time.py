@@ -28,7 +28,7 @@ MFU_LIMIT = 0.8  # nothing published exceeds it: a prediction above is an error 
 FP8_PEAK = 2  # times the 16-bit peak, from compute capability 8.9
 
 ADAM_BYTES = 30  # for each parameter on the GPU: states 12 read and written, gradient 4 read, half copy 2 written
-# The same with a kernel for each operation (torch/optim/adamw.py), and gradients clipped before (clip_grad.py): counted.
+# The same with a kernel for each operation (torch/optim/adamw.py), gradients clipped before (clip_grad.py): counted.
 UNFUSED_ADAM_BYTES = 100
 CPU_ADAM_BYTES = 28  # the same in host memory
 USUAL_MICRO_STEPS = 8  # for each pipeline stage, as in Megatron's published runs: the bubble stays near 1/8
@@ -230,13 +230,14 @@ class _Model:
             "all-reduce of 2P, less what is hidden",
             "ring all-reduce: Thakur et al. 2005",
         )
-        trained = setup.trained_parameters / setup.tp / setup.pp
+        at_once = 1 if setup.engine == "none" else setup.pp  # cards of one process take turns
+        trained = setup.trained_parameters / setup.tp / at_once
         mine = trained / (setup.shards if setup.zero_stage else 1)
         if not setup.offload_optimizer:
-            moved = ADAM_BYTES if self._fuses_the_step else UNFUSED_ADAM_BYTES
-            seconds = moved * mine / self.gpu.memory_bandwidth
+            through = ADAM_BYTES if self._fuses_the_step else UNFUSED_ADAM_BYTES
+            seconds = through * mine / self.gpu.memory_bandwidth
             yield TimeTerm(
-                "optimizer", seconds, f"{moved}P/n / memory bandwidth", "Adam, Kingma and Ba 2014: bytes counted"
+                "optimizer", seconds, f"{through}P/n / memory bandwidth", "Adam, Kingma and Ba 2014: bytes counted"
             )
             return
         on_node = mine * setup.ranks_per_node
@@ -249,7 +250,7 @@ class _Model:
 
     @property
     def _fuses_the_step(self) -> bool:
-        """Transformers' trainer leaves the step to torch's AdamW or to one like it; DeepSpeed and apex have a kernel."""
+        """Transformers' trainer leaves the step to torch's AdamW or one like it; DeepSpeed and apex have a kernel."""
         return self.computation.style != "transformers" or self.setup.engine == "deepspeed"
 
     def _bubble(self, micro: float) -> Iterator[TimeTerm]:

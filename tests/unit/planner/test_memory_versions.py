@@ -80,6 +80,24 @@ class TestDeepSpeed:
         logits = sizes(gpu_memory(setup), "end of the forward pass")["logits"]
         assert logits == pytest.approx(each * 2 * 2048 * 32000, rel=0.02)
 
+    def test_a_version_is_read_however_the_name_is_spelt(self) -> None:
+        old = replace(OFFLOADED, engine_version="Megatron-LM v1.1.5 with DeepSpeed 0.3")
+        assert "updated weights in fp32" not in sizes(gpu_need(old), STEP)
+
+    def test_without_sharding_fp32_gradients_are_there_twice_while_they_are_laid_flat(self) -> None:
+        """runtime/fp16/fused_optimizer.py, step."""
+        step = sizes(gpu_need(replace(OFFLOADED, offload_optimizer=False, zero_stage=0, precision="fp16")), STEP)
+        assert step["fp32 gradients"] == step["fp32 gradients before they are flat"] == 4 * N
+
+    @pytest.mark.parametrize("stage", [1, 2, 3])
+    def test_pure_half_precision_is_ten_bytes_for_each_parameter(self, stage: int) -> None:
+        """bf16_master_weights_and_grads and bf16_optimizer_states: weights, master copy, two moments, gradient."""
+        one = replace(OFFLOADED, offload_optimizer=False, dp=1, zero_stage=stage, precision="bf16_pure")
+        step = sizes(gpu_need(one), STEP)
+        held = sum(step[name] for name in ("trained weights", "master copy and moments", "gradients"))
+        assert held == pytest.approx(10 * N, rel=1e-6)
+        assert "flat gradients" in step
+
     def test_other_shapes_keep_them_in_half(self) -> None:
         setup = replace(OFFLOADED, shape=replace(CHATGLM_6B, gated_mlp=False), engine_version="deepspeed 0.14.2")
         logits = sizes(gpu_memory(setup), "end of the forward pass")["logits"]
@@ -135,6 +153,12 @@ class TestAdapters:
         litgpt = replace(qlora, engine_version="litgpt")
         assert sizes(gpu_memory(litgpt), "end of the forward pass")[inputs] == 2 * 2048 * 4096 * 32
 
+    def test_axolotl_casts_embeddings_back_to_half(self) -> None:
+        """axolotl/loaders/model.py, needs_fa2_dtype."""
+        qlora = Setup(shape=LLAMA_7B, mode="qlora", lora_rank=8, lora_targets=("q",), precision="nf4")
+        trl, axolotl = (sizes(gpu_need(replace(qlora, engine_version=v)), STEP) for v in ("trl", "axolotl"))
+        assert trl["embeddings and norms"] == 2 * axolotl["embeddings and norms"]
+
     def test_fsdp_gathers_the_root_unit_of_adapters_too(self) -> None:
         setup = Setup(shape=LLAMA_7B, mode="qlora", lora_rank=8, lora_targets=("q",), precision="nf4", dp=2)
         found = gpu_memory(replace(setup, engine="fsdp", zero_stage=3))
@@ -184,17 +208,106 @@ class TestLogits:
         assert logits.bytes == (4 + 4 + 4) * 2048 * 32000
         assert forward.unsure == 4 * 2048 * 32000
 
-    def test_of_a_prompt_one_is_kept_since_transformers_4_45(self) -> None:
-        old, new = (
-            gpu_need(replace(self.PROMPT, engine_version=f"transformers {version}")).binding.unsure
-            for version in ("4.44.2", "4.45.0")
-        )
-        assert old - new == 6 * 2048 * 32000
-
     def test_a_prompt_may_go_through_a_block_in_one_piece(self) -> None:
         """Input, norm and output, and three branches of the FFN, each in half precision."""
         new = gpu_need(replace(self.PROMPT, engine_version="transformers 4.45.0")).binding.unsure
         assert new == 2 * 2048 * (3 * 4096 + 3 * 11008)
+
+    def test_a_kernel_that_goes_tile_by_tile_has_none(self) -> None:
+        """Wijmans et al. 2024, Cut Your Losses in Large-Vocabulary Language Models."""
+        forward = sizes(gpu_memory(replace(self.ALONE, cut_cross_entropy=True)), "end of the forward pass")
+        assert "logits" not in forward
+
+
+class TestGeneration:
+    """generation/utils.py and models/llama/modeling_llama.py of the versions named; 2 prompts of 2048 tokens."""
+
+    READ = Setup(shape=LLAMA_7B, mode="infer", precision="bf16_pure", micro_batch=2)
+    ALL_LOGITS = 2 * 2048 * 32000
+
+    def held(self, version: str, instant: str, flash: bool = True) -> dict[str, int]:
+        setup = replace(self.READ, engine_version=f"transformers {version}", flash_attention=flash)
+        return sizes(gpu_need(setup), instant)
+
+    def test_before_4_45_logits_of_the_whole_prompt_were_made_and_copied_to_fp32(self) -> None:
+        assert self.held("4.44.2", "decoding")["logits of the prompt"] == (2 + 4) * self.ALL_LOGITS
+        assert "logits of the prompt" not in self.held("4.45.0", "decoding")
+
+    def test_before_4_31_they_stayed_in_half(self) -> None:
+        assert self.held("4.30.2", "decoding")["logits of the prompt"] == 2 * self.ALL_LOGITS
+
+    def test_before_4_36_a_step_held_the_cache_of_the_step_before_and_all_fp32_logits(self) -> None:
+        second = self.held("4.35.2", "the step after the prompt")
+        assert second["the cache before this step"] == second["key/value cache"] == 4 * 32 * 4096 * 2 * 2048
+        assert second["logits of the prompt"] == 4 * self.ALL_LOGITS
+
+    def test_without_flash_attention_a_block_holds_scores_in_half_as_an_fp32_softmax_and_cast_back(self) -> None:
+        block = "a block of the prompt"
+        fused, eager = (self.held("4.35.2", block, flash)["one block of the prompt"] for flash in (True, False))
+        scores = 2 * 32 * 2048**2
+        assert eager - 8 * scores == pytest.approx(2 * 2 * 2048 * 5 * 4096)
+        assert fused == 2 * 2 * 2048 * (3 * 4096 + 3 * 11008)
+
+    def test_an_unknown_version_may_do_as_the_old_ones(self) -> None:
+        unknown, new = (
+            gpu_need(replace(self.READ, engine_version=version)).binding.unsure
+            for version in ("transformers", "transformers 4.45.0")
+        )
+        assert unknown - new == 6 * self.ALL_LOGITS
+
+
+class TestEagerAttention:
+    """2 × 1024 tokens of a single block that is recomputed."""
+
+    LORA = Setup(
+        shape=replace(LLAMA_7B, layers=1),
+        mode="lora",
+        lora_rank=8,
+        lora_targets=("q",),
+        precision="fp16",
+        recompute="full",
+        flash_attention=False,
+        micro_batch=2,
+        seq_len=1024,
+    )
+    SCORES = 2 * 32 * 1024**2
+
+    def block(self, setup: Setup) -> dict[str, int]:
+        return sizes(gpu_need(setup), "backward pass of the first block")
+
+    def saved(self, setup: Setup) -> int:
+        eager, flash = (self.block(replace(setup, flash_attention=flash))["one block"] for flash in (False, True))
+        return eager - flash
+
+    def test_llama_keeps_an_fp32_softmax_and_its_cast_and_has_no_dropout(self) -> None:
+        """modeling_llama.py: softmax(…, dtype=torch.float32).to(query_states.dtype)."""
+        assert self.saved(replace(self.LORA, engine_version="transformers 4.31.0")) == 6 * self.SCORES
+
+    def test_other_code_keeps_softmax_dropouts_mask_and_its_result_in_half(self) -> None:
+        assert self.saved(self.LORA) == 5 * self.SCORES
+
+    def test_bert_under_autocast_keeps_the_softmax_in_fp32(self) -> None:
+        shape = replace(self.LORA.shape, kind="bert", gated_mlp=False)
+        assert self.saved(replace(self.LORA, mode="full", shape=shape)) == 7 * self.SCORES
+
+    def test_its_backward_pass_holds_gradients_of_the_scores_before_and_after_the_softmax(self) -> None:
+        old = replace(self.LORA, engine_version="transformers 4.31.0", seq_len=4096)
+        grown = self.block(replace(old, seq_len=8192))["gradients of scores"] - self.block(old)["gradients of scores"]
+        ffn = 3 * 2 * 11008 * 2 * 4096  # what it kept is gone by then
+        assert grown == pytest.approx((2 + 4) * 2 * 32 * (8192**2 - 4096**2) - ffn, abs=2)
+
+
+class TestTorchBeforeTwo:
+    ALONE = Setup(shape=LLAMA_7B, precision="fp16")
+
+    @pytest.mark.parametrize(
+        ("version", "kept"),
+        [("transformers 4.26.1", True), ("torch 1.13", True), ("apex", True), ("torch 2.1", False), ("", False)],
+    )
+    def test_zero_grad_left_gradients_where_they_were(self, version: str, kept: bool) -> None:
+        """torch/nn/modules/module.py, zero_grad(set_to_none=False)."""
+        forward = sizes(gpu_need(replace(self.ALONE, engine_version=version)), "end of the forward pass")
+        assert ("gradients" in forward) == kept
 
 
 class TestLitgptInference:

@@ -32,6 +32,30 @@ def _seconds(step: StepTime, name: str) -> float:
     return sum(term.seconds for term in step.terms if term.name == name)
 
 
+class TestTransformersWithoutDeepSpeed:
+    """Its code runs kernel by kernel under DDP as in one process, over fp32 weights that autocast casts."""
+
+    DDP = Setup(shape=GPT_13B, engine="ddp", gpu="v100-32g", dp=8, precision="fp16", seq_len=1024)
+
+    def times(self, version: str) -> dict[str, float]:
+        return {term.name: term.seconds for term in step_time(replace(self.DDP, engine_version=version)).terms}
+
+    def test_activations_pass_through_memory_more_often_than_those_of_leaner_code(self) -> None:
+        through = "activations through memory"
+        assert self.times("transformers 4.12.0")[through] > 1.5 * self.times("")[through]
+
+    def test_its_optimizer_reads_and_writes_for_each_operation(self) -> None:
+        """Ten passes over what a fused kernel reads and writes in three."""
+        assert self.times("transformers 4.12.0")["optimizer"] == pytest.approx(100 / 30 * self.times("")["optimizer"])
+
+    def test_gradients_of_fp32_weights_are_reduced_in_fp32(self) -> None:
+        amp, half = (
+            _seconds(step_time(replace(self.DDP, precision=precision, nodes=8)), "gradients")
+            for precision in ("fp16", "fp16_pure")
+        )
+        assert amp > 1.4 * half
+
+
 class TestPublished:
     """Within 20 % of what others measured, none of whose configurations has a constant of its own."""
 
