@@ -166,13 +166,23 @@ def _runtime_folder(node: NodeFacts) -> Path:
 
 
 def _sweep(node: NodeFacts) -> None:
-    """Remove the runtime folders of this user's attempts that are dead and hold no data root."""
+    """Remove the runtime folders of this user's attempts that are dead and hold no data root.
+
+    Anybody can make a folder of such a name there: what is not the user's own is not looked into.
+    """
     name = re.compile(RUNTIME_FOLDER.format(uid=os.getuid(), job=r"(\d+)", attempt=r"(\d+)", index=r"\d+"))
     for base in RUNTIME_FOLDERS:
         for folder in base.glob("cpm-*"):
             found = name.fullmatch(folder.name)
-            if found and not _is_held(folder) and is_dead(found[1], found[2], node):
+            if found and _is_own(folder) and not _is_held(folder) and is_dead(found[1], found[2], node):
                 _remove(folder)
+
+
+def _is_own(folder: Path) -> bool:
+    try:
+        return folder.lstat().st_uid == os.getuid()
+    except OSError:  # its own agent was quicker
+        return False
 
 
 def _is_held(folder: Path) -> bool:

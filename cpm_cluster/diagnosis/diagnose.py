@@ -88,7 +88,7 @@ def _agent_killed(run: Run, state: State) -> Verdict | None:
 def _stopped(run: Run, state: State) -> Verdict | None:
     if state.name != "stopped":
         return None
-    if run.plan.trainer is not None and _checkpoint_step(run) is None:
+    if run.plan.trainer is not None and _checkpoint_step(run) is None and not _has_answers(run):
         cause = "It stopped before its time limit, with nothing to save yet."
     else:
         cause = "It saved and stopped before its time limit."
@@ -246,10 +246,17 @@ def _slurm_log(run: Run, attempt: int) -> tuple[Path | None, int, str]:
 def _resume(run: Run) -> str:
     if run.plan.trainer is None:
         return f"cpm resume {run.id} (starts its program again)"
+    if _has_answers(run):
+        return f"cpm resume {run.id} (the answers that it has stay)"
     step = _checkpoint_step(run)
     if step is None:
         return f"cpm resume {run.id} (from the beginning: there is no checkpoint)"
     return f"cpm resume {run.id} (from the checkpoint of step {step})"
+
+
+def _has_answers(run: Run) -> bool:
+    """Whether task generate has written some."""
+    return any(file.stat().st_size for file in (run.files.root / "generated").glob("*.jsonl"))
 
 
 def _checkpoint_step(run: Run) -> int | None:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from cpm_cluster.planner.fit import Component
-from cpm_cluster.planner.generation import beyond_the_prompt, generation
+from cpm_cluster.planner.generation import WIDENS_LOGITS, beyond_the_prompt, generation
 from cpm_cluster.planner.memory_constants import FITTED, MemoryConstants
 from cpm_cluster.planner.model_states import (
     deepspeed_version,
@@ -31,6 +31,8 @@ SHIFTS_LABELS = (4, 49)  # transformers/loss/loss_utils.py, ForCausalLMLoss
 
 @dataclass(frozen=True)
 class Activations:
+    """Components by when they are there; in inference as Generation has them, `extra` being of its second step."""
+
     kept: tuple[Component, ...]  # at the end of the forward pass
     block: tuple[Component, ...]  # for the backward pass of the first block, when all others are done
     extra: tuple[Component, ...]  # what the backward pass of the last block adds to what is kept
@@ -155,7 +157,8 @@ def _scores_per_token(setup: Setup) -> float:
 def _bytes_of_a_score(setup: Setup) -> int:
     """Softmax, dropout's mask and its result; models of the Llama family have a softmax in fp32, its cast, no dropout.
 
-    Others not fp32 under autocast: with that the runs of measured_runs.csv on full cards would not have been possible.
+    BERT's mask is in fp32 under autocast (modeling_utils.py, get_extended_attention_mask), so its softmax is, too. That
+    of others not: with that the runs of measured_runs.csv on full cards would not have been possible.
     """
     if softmax_is_wide(setup):
         return 4 if weight_bytes(setup) == 4 else 6
@@ -185,11 +188,9 @@ def _gradients_of_scores(setup: Setup, tokens: int) -> tuple[Component, ...]:
     each = w + max(w, 4) if softmax_is_wide(setup) else 2 * w
     kept = (3 if shape.gated_mlp else 1) * stream_bytes(setup) * shape.ffn / setup.tp
     size = tokens * (each * shape.heads * setup.seq_len / setup.tp - kept)
-    return (
-        (part("gradients of scores", f"{each}asT less what the FFN kept", size, "counted by tensor"),)
-        if size > 0
-        else ()
-    )
+    if size <= 0:
+        return ()
+    return (part("gradients of scores", f"{each}asT less what the FFN kept", size, "counted by tensor"),)
 
 
 def _megatron_block(setup: Setup) -> float:
@@ -279,7 +280,7 @@ def _model_upcasts(setup: Setup) -> bool:
     if not setup.shape.gated_mlp or setup.shape.kind != "decoder":
         return False
     if setup.transformers_version:
-        return setup.transformers_version >= (4, 31)
+        return setup.transformers_version >= WIDENS_LOGITS
     if deepspeed_version(setup):
         return deepspeed_version(setup) >= (0, 10)
     if setup.torch_version != (0, 0):

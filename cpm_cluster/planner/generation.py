@@ -15,21 +15,17 @@ from cpm_cluster.planner.stages import Stage
 
 KEEPS_ONE_LOGIT = (4, 45)  # num_logits_to_keep: before it, generate computed the logits of the whole prompt
 GROWS_IN_PLACE = (4, 36)  # DynamicCache: before it, a step held all keys and values of the step before as well
-HALF_LOGITS_BEFORE = (4, 31)  # models of the Llama family make all logits fp32 from then on
+WIDENS_LOGITS = (4, 31)  # models of the Llama family make all logits fp32 from then on
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Components by when they are there. Without a prompt that the version is known to read whole: the cache alone."""
+    """Components by when they are there; the cache alone where no version says that prompts are read whole."""
 
     cache: tuple[Component, ...]
     block: tuple[Component, ...] = ()  # one block, for all tokens of the prompt
     logits: tuple[Component, ...] = ()  # of the prompt, at its end
     second: tuple[Component, ...] = ()  # in the step after it
-
-    @property
-    def reads_whole_prompts(self) -> bool:
-        return bool(self.block)
 
 
 def generation(setup: Setup, stage: Stage) -> Generation:
@@ -52,7 +48,7 @@ def generation(setup: Setup, stage: Stage) -> Generation:
 def wide_logit_bytes(setup: Setup) -> int:
     """Of the fp32 copy, where the model's code makes one."""
     llama = setup.shape.gated_mlp and setup.shape.kind == "decoder"
-    return 4 if llama and weight_bytes(setup) == 2 and setup.transformers_version >= HALF_LOGITS_BEFORE else 0
+    return 4 if llama and weight_bytes(setup) == 2 and setup.transformers_version >= WIDENS_LOGITS else 0
 
 
 def key_value_cache(setup: Setup, stage: Stage) -> tuple[Component, ...]:

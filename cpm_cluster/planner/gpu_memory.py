@@ -9,7 +9,15 @@ from typing import Literal
 from cpm_cluster.planner.activations import Activations, activations, logits_beyond
 from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.memory_constants import CONSTANTS, FITTED, MIB, MemoryConstants
-from cpm_cluster.planner.model_states import States, model_states, part, records_streams, step_beyond, written_for_fsdp
+from cpm_cluster.planner.model_states import (
+    States,
+    model_states,
+    part,
+    records_streams,
+    states_beyond,
+    step_beyond,
+    written_for_fsdp,
+)
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import stages
 
@@ -41,6 +49,7 @@ class Instant:
     lasting_spread: float = LASTING
     spread: float = 0.0  # at least so uncertain is every term
     unsure: int = 0  # bytes that may come on top
+    maybe_live_alone: bool = False  # what the reading shows isn't stated: it may be live tensors alone
 
     @property
     def components(self) -> Parts:
@@ -52,6 +61,8 @@ class Instant:
 
     @property
     def low(self) -> int:
+        if self.maybe_live_alone:
+            return replace(self, outside=(), wasted=())._bound(-1)
         return self._bound(-1)
 
     @property
@@ -118,19 +129,22 @@ def gpu_memory(setup: Setup, constants: MemoryConstants = CONSTANTS, cache: bool
     outside = _outside_the_allocator(setup, constants)
     passing_spread = PASSING_PLAIN if written_for_fsdp(setup) else PASSING
     lasting_spread = LASTING_UNREAD if setup.engine == "bmtrain" else LASTING
-    spread = PIPELINE if setup.engine == "megatron" else 0.0
+    spread, unstated = PIPELINE if setup.engine == "megatron" else 0.0, setup.metric == "unknown"
     instants: list[Instant] = []
     for stage in stages(setup):
         states = model_states(setup, stage)
         kept = activations(setup, stage, constants)
+        wider = states_beyond(setup, stage)
         for name, lasting, passing in _timeline(setup, states, kept, cache):
             wasted = _fragmentation(setup, passing, constants) if cache else ()
-            unsure = logits_beyond(setup, passing, constants)
+            unsure = wider + logits_beyond(setup, passing, constants)
             if name == STEP:
                 unsure += step_beyond(setup, stage)
             where = f"{name}, {stage.name}" if stage.name else name
             instants.append(
-                Instant(where, outside, lasting, passing, wasted, passing_spread, lasting_spread, spread, unsure)
+                Instant(
+                    where, outside, lasting, passing, wasted, passing_spread, lasting_spread, spread, unsure, unstated
+                )
             )
     return GpuMemory(tuple(instants))
 

@@ -47,6 +47,7 @@ QUANTISED_BYTES = {
     "int8": 1.0 + 2 / 128,
     "int8_gptq": 1.0 + 3 / 128,
 }
+HALF_MASTER_WEIGHTS = (0, 18, 3)  # bf16_master_weights_and_grads: DeepSpeed#7700 of November 2025
 BUCKETS_IN_STAGE_1 = (0, 12, 7)  # until then engine.py left contiguous_gradients to stage 2
 
 
@@ -72,12 +73,11 @@ def model_states(setup: Setup, stage: Stage) -> States:
 
 def _served(setup: Setup, stage: Stage) -> States:
     """Weights to read alone: whole, or sharded over n and gathered as they are used (ZeRO-Inference, FSDP, BMTrain)."""
-    share = stage.parameters / setup.shape.parameters
     sharded = setup.zero_stage >= 3 and (setup.shards > 1 or setup.offload_param)
     if not sharded or setup.engine not in ("deepspeed", "fsdp", "bmtrain"):
-        return States(tuple(_frozen(setup, share)))
+        return States(tuple(_frozen(setup, stage)))
     on_host = setup.offload_param and setup.engine != "bmtrain"
-    at_rest = () if on_host else tuple(_frozen(setup, share, setup.shards))
+    at_rest = () if on_host else tuple(_frozen(setup, stage, setup.shards))
     shape, width = setup.shape, weight_bytes(setup)
     stored = QUANTISED_BYTES.get(setup.precision, width)
     if setup.engine == "deepspeed":
@@ -109,27 +109,30 @@ def over(ranks: int) -> str:
     return f"/{ranks}" if ranks > 1 else ""
 
 
-def _frozen(setup: Setup, share: float, ranks: int = 1) -> list[Component]:
+def _frozen(setup: Setup, stage: Stage, ranks: int = 1) -> list[Component]:
     """Weights that nothing trains, in their own format."""
-    shape = setup.shape
     if not setup.quantised:
         whole = weight_bytes(setup)
-        size = whole * shape.parameters * share / ranks
         name = "weights" if setup.mode == "infer" else "frozen weights"
-        return [part(name, f"{whole}N" + over(ranks), size, DTYPE)]
-    width = QUANTISED_BYTES[setup.precision]
-    outside = shape.vocabulary_matrices * shape.embedding_parameters
-    linear = shape.parameters - outside - (2 * shape.layers + 1) * shape.hidden  # all but embeddings and norms
-    if quantises_the_head(setup):
-        linear += shape.embedding_parameters
-    rest = shape.parameters - linear
-    wide = 4 if widens_embeddings(setup) else 2
+        return [part(name, f"{whole}N" + over(ranks), whole * stage.parameters / ranks, DTYPE)]
+    width, wide = QUANTISED_BYTES[setup.precision], 4 if widens_embeddings(setup) else 2
+    linear = _quantised_parameters(setup, stage)
+    rest = stage.parameters - linear
     return [
-        part(
-            f"{setup.precision} weights", f"{width:.3f} linear" + over(ranks), width * linear * share / ranks, "QLoRA"
-        ),
-        part("embeddings and norms", f"{wide} × the rest" + over(ranks), wide * rest * share / ranks, DTYPE),
+        part(f"{setup.precision} weights", f"{width:.3f} linear" + over(ranks), width * linear / ranks, "QLoRA"),
+        part("embeddings and norms", f"{wide} × the rest" + over(ranks), wide * rest / ranks, DTYPE),
     ]
+
+
+def _quantised_parameters(setup: Setup, stage: Stage) -> float:
+    """All on a stage but embeddings and norms, and the head where that isn't quantised."""
+    shape = setup.shape
+    outside = shape.vocabulary_matrices * shape.embedding_parameters
+    blocks = shape.parameters - outside - (2 * shape.layers + 1) * shape.hidden
+    head = shape.embedding_parameters if quantises_the_head(setup) else 0
+    if setup.pp == 1:
+        return (blocks + head) * stage.parameters / shape.parameters
+    return blocks * stage.blocks / shape.layers / setup.tp + head
 
 
 def widens_embeddings(setup: Setup) -> bool:
@@ -149,7 +152,20 @@ def quantises_the_head(setup: Setup) -> bool:
 
 
 def _trained(setup: Setup, stage: Stage) -> float:
-    return setup.trained_parameters * stage.parameters / setup.shape.parameters
+    share = stage.parameters / setup.shape.parameters
+    if not setup.trains_adapters or setup.pp == 1:
+        return setup.trained_parameters * share
+    whole = _trained_vocabulary(setup, stage)
+    in_blocks = max(0, setup.trained_parameters - setup.fully_trained_vocabulary)
+    return in_blocks * stage.blocks / setup.shape.layers / setup.tp + whole
+
+
+def _trained_vocabulary(setup: Setup, stage: Stage) -> float:
+    """Trained whole beside adapters; a stage of a pipeline has one matrix at most."""
+    whole = min(setup.fully_trained_vocabulary, setup.trained_parameters)
+    if setup.pp == 1:
+        return whole * stage.parameters / setup.shape.parameters
+    return min(whole, setup.shape.embedding_parameters) / setup.tp
 
 
 def moment_bytes(setup: Setup, width: int) -> int:
@@ -184,15 +200,14 @@ def _foreach(setup: Setup, width: int, trained: float) -> tuple[Component, ...]:
 def _one_process(setup: Setup, stage: Stage) -> States:
     """No sharding."""
     trained = _trained(setup, stage)
-    share = stage.parameters / setup.shape.parameters
     adapters = setup.trains_adapters
     pure = setup.precision.endswith("_pure") or "litgpt" in setup.engine_version
     at_rest: list[Component] = []
     if adapters:
-        at_rest += _frozen(setup, share)
+        at_rest += _frozen(setup, stage)
     elif setup.mode == "reward":
         at_rest.append(part("frozen weights", "4(N - T)", 4 * (stage.parameters - trained), DTYPE))
-    whole = setup.fully_trained_vocabulary * share if adapters else 0.0  # copied as loaded (peft's modules_to_save)
+    whole = _trained_vocabulary(setup, stage) if adapters else 0.0  # copied as loaded (peft's modules_to_save)
     rest = trained - whole
     width = 2 if pure else 4
     parts = [(rest, width, "")] + ([(whole, 2, " of the vocabulary")] if whole else [])
@@ -227,7 +242,7 @@ def _deepspeed(setup: Setup, stage: Stage) -> States:
     at_rest: list[Component] = []
     if not (setup.offload_param and level >= 3):
         if setup.trains_adapters:
-            at_rest += _frozen(setup, stage.parameters / setup.shape.parameters, weights_over)
+            at_rest += _frozen(setup, stage, weights_over)
         elif setup.mode == "reward":
             frozen = width * (stage.parameters - trained) / weights_over
             at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
@@ -290,10 +305,22 @@ def step_beyond(setup: Setup, stage: Stage) -> int:
 def master_bytes(setup: Setup) -> int:
     """Of DeepSpeed's master copy of a parameter, and of each of its moments.
 
-    Pure half precision is bf16_master_weights_and_grads and bf16_optimizer_states, which stages 1 to 3 alone know
-    (deepspeed/runtime/engine.py): the master copy is a clone (stage3.py, stage_1_and_2.py).
+    Pure half precision is bf16_master_weights_and_grads and bf16_optimizer_states, which stages 1 to 3 alone know, and
+    not with offloading (DeepSpeed#7700): the master copy is a clone (stage3.py, stage_1_and_2.py).
     """
-    return 2 if setup.precision.endswith("_pure") and setup.zero_stage >= 1 and setup.mode == "full" else 4
+    version = deepspeed_version(setup)
+    known = not version or version >= HALF_MASTER_WEIGHTS
+    pure = setup.precision.endswith("_pure") and setup.mode == "full" and setup.zero_stage >= 1
+    return 2 if pure and known and not setup.offload_optimizer else 4
+
+
+def states_beyond(setup: Setup, stage: Stage) -> int:
+    """Bytes of fp32 states where DeepSpeed's version is not known to have half ones: programs that call themselves
+    pure may but load their weights so (LLaMA-Factory's pure_bf16)."""
+    if setup.engine != "deepspeed" or master_bytes(setup) == 4 or deepspeed_version(setup):
+        return 0
+    wider = 2 + moment_bytes(setup, 4) - moment_bytes(setup, 2)
+    return round(wider * _trained(setup, stage) / setup.shards)
 
 
 def deepspeed_version(setup: Setup) -> tuple[int, ...]:
@@ -367,12 +394,12 @@ def _fsdp(setup: Setup, stage: Stage) -> States:
     shape, n = setup.shape, setup.shards if setup.zero_stage else 1
     width = 2 if setup.precision.endswith("_pure") or setup.trains_adapters else 4
     used = weight_bytes(setup)
-    trained, share = _trained(setup, stage), stage.parameters / shape.parameters
+    trained = _trained(setup, stage)
     weights_over = n if setup.zero_stage >= 2 else 1
     at_rest: list[Component] = []
     if not setup.offload_param:
         if setup.trains_adapters:
-            at_rest += _frozen(setup, share, weights_over)
+            at_rest += _frozen(setup, stage, weights_over)
         elif setup.mode == "reward":
             frozen = width * (stage.parameters - trained) / weights_over
             at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
@@ -421,7 +448,7 @@ def _megatron(setup: Setup, stage: Stage) -> States:
     local, n = stage.parameters, setup.shards if setup.zero_stage else 1
     if setup.trains_adapters:
         adapters = part("adapters", "18T'", 18 * _trained(setup, stage), ZERO)
-        return States((*_frozen(setup, local / setup.shape.parameters), adapters))
+        return States((*_frozen(setup, stage), adapters))
     weights = part("weights", "2N'", 2 * local, DTYPE)
     states = part("master copy and moments", "12N'" + over(n), 12 * local / n, ZERO)
     if "DeepSpeed" not in setup.engine_version:

@@ -162,9 +162,9 @@ class _Composition:
         assert isinstance(name, ScalarNode)
         return self.catalogue.load(kind, name, key, self.path.parent, self.reading.problems)
 
-    def _section(self, node: MapNode, spec: type[Spec], path: str = "") -> Spec | None:
+    def _section(self, node: MapNode, spec: type[Spec], path: str = "", reading: Reading | None = None) -> Spec | None:
         try:
-            read: Spec = Section(spec).read(node, path, Reading(self.reading.problems))
+            read: Spec = Section(spec).read(node, path, reading or Reading(self.reading.problems))
         except Invalid:
             return None
         return read
@@ -183,12 +183,13 @@ class _Composition:
 
     def _over_base(self, node: MapNode, kind: str, spec: type[Spec], key: str) -> Spec | None:
         changes = replace(node, entries={k: v for k, v in node.entries.items() if k != "base"})
+        in_job = Reading(self.reading.problems, meant_by=meant_by)  # the words of the job's reading: a problem is shown once
         if "base" not in node.entries:
-            return self._section(changes, spec, key)
+            return self._section(changes, spec, key, in_job)
         base = self._load(kind, node.entries["base"], f"{key}.base")
         if base is None or self._section(base, spec) is None:
             return None
-        return self._section(merged(base, changes), spec, key)
+        return self._section(merged(base, changes), spec, key, in_job)
 
     def _gpu(self, tree: MapNode, cluster: MapNode | None) -> Gpu | None:
         """The catalogue's entry for the GPU of the job, or of its cluster."""

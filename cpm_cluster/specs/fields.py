@@ -336,11 +336,12 @@ class Section(NamedTuple):
     def _unknown(self, where: Location, path: str, name: str, reading: Reading) -> None:
         known = [yaml_name(f) for f in _keys(self.spec)]
         meant = reading.meant_by(name)
-        if meant and meant.rpartition(".")[0] != path:
+        own = meant.rpartition(".")[2] if meant else None
+        if meant and own not in known:
             reading.refuse(where, _below(path, name), f"is not a known key here; write {meant}")
             reading.unread.add(meant)
             return
-        near = [meant.rpartition(".")[2]] if meant else nearest(name, known)
+        near = [own] if own else nearest(name, known)
         hint = f" (did you mean {listed(near)}?)" if near else f"; known here: {', '.join(known)}"
         reading.refuse(where, _below(path, name), f"is not a known key{hint}")
         reading.unread.update(_below(path, word) for word in near)

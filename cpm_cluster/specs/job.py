@@ -318,9 +318,8 @@ class JobSpec:
     samples: Samples = key(Section(Samples), "generated samples", factory=Samples)
     evaluation: Evaluation = key(Section(Evaluation), "task evaluate", factory=Evaluation)
     generation: Generation | None = key(Section(Generation), "task generate", None)
-    seed: int = key(
-        Integer(0, 2**32 - 1), "seed of everything random", 1234
-    )  # NumPy takes 32 bits, BMTrain gives it on
+    # NumPy takes 32 bits, and BMTrain hands it the seed
+    seed: int = key(Integer(0, 2**32 - 1), "seed of everything random", 1234)
     deterministic: bool = key(Boolean(), "bit-identical repeats, at some cost in speed", False)
     time_limit_s: int | None = key(DURATION, "time limit; default: the profile's or cluster's", None)
     mounts: dict[str, str] = key(

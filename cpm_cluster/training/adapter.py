@@ -66,6 +66,7 @@ def _differences(method: LoraTuning, delta: Delta, path: Path) -> Iterator[str]:
     if set(delta.targets) != set(method.targets):
         here, there = (", ".join(sorted(targets)) for targets in (method.targets, delta.targets))
         yield f"method.lora.targets are {here}, but {there} in {path}"
-    if not math.isclose(delta.alpha, method.alpha, rel_tol=1e-6):
+    # The message has six digits, as people would copy them; rsLoRA's alpha has more.
+    if not math.isclose(delta.alpha, method.alpha, rel_tol=1e-5):
         where = f"is CPM-9G's, and {path} says none" if delta.alpha_is_assumed else f"in {path}"
         yield f"method.lora.alpha is {method.alpha:g}, but {delta.alpha:g} {where}"

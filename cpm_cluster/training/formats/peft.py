@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 from torch import Tensor
 
@@ -29,6 +29,12 @@ _WITHOUT: dict[str, Any] = {
     "trainable_token_indices": None,
     "alpha_pattern": {},
 }
+# Likewise of newer versions; not written, because earlier ones refuse keys that they do not know.
+_WITHOUT_NEWER = dict.fromkeys(
+    ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora")
+)
+# Begun in any other way (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) the updates belong to a base that PEFT changes, too.
+_LEAVE_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 def write_peft(folder: Path, delta: Delta, dropout: float, base: str | None, note: Callable[[str], None]) -> None:
@@ -69,9 +75,7 @@ def read_peft(folder: Path) -> Delta:
     config = read_json_object(path)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path} is of peft_type {config.get('peft_type')}; only LORA can be read")
-    strange = [key for key, absent in _WITHOUT.items() if config.get(key, absent) not in (absent, None)]
-    if strange:
-        raise UserError("{} has {}, which our LoRA has not".format(path, ", ".join(strange)))
+    _require_plain(config, path)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
         raise UserError(f"{path} does not say r and lora_alpha")
@@ -80,6 +84,21 @@ def read_peft(folder: Path) -> Delta:
     tensors = open_files([folder / WEIGHTS])
     names = {_our_name(name, folder): name for name in tensors}
     return Delta(LazyTensors({ours: partial(tensors.__getitem__, name) for ours, name in names.items()}), float(alpha))
+
+
+def _require_plain(config: Mapping[str, object], path: Path) -> None:
+    absent = {**_WITHOUT, **_WITHOUT_NEWER}
+    strange = [key for key, value in absent.items() if config.get(key, value) not in (value, None)]
+    if config.get("use_rslora") and config.get("rank_pattern"):
+        strange.append("use_rslora with rank_pattern")  # the scale of a layer would depend on its rank
+    if strange:
+        raise UserError("{} has {}, which our LoRA has not".format(path, ", ".join(strange)))
+    begun = config.get("init_lora_weights", True)
+    if begun not in _LEAVE_THE_BASE:
+        raise UserError(
+            f"{path} has init_lora_weights: {begun}, which changes the base weights, too; save it anew with PEFT's"
+            " save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
 
 
 def _our_name(name: str, folder: Path) -> str:

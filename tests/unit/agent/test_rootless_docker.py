@@ -309,6 +309,21 @@ def test_what_dead_jobs_left_is_swept_and_what_is_in_use_is_not(daemon, plan, si
     assert not held.exists()
 
 
+def test_a_folder_that_another_user_made_in_this_users_name_is_left_alone(daemon, plan, tmp_path, site, monkeypatch):
+    """In /tmp anybody can; the lock of whatever its data root is said to be would be emptied when it is opened."""
+    me = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: me)
+    planted, file = site.runtime / f"cpm-{me}-5.1-0", tmp_path / "poetry.lock"
+    planted.mkdir()
+    file.write_text("mine")
+    (planted / "data-root").symlink_to(tmp_path / "poetry")
+    site.has("squeue", "echo Invalid job id >&2; exit 1\n")
+
+    daemon().start(plan)
+
+    assert file.read_text() == "mine" and planted.exists()
+
+
 def test_its_processes_end_with_the_first_of_them(daemon, plan, site):
     """In a process namespace: Slurm's SIGKILL does not reach a container's own control group of version 1."""
     daemon().start(plan)

@@ -83,6 +83,12 @@ def test_a_run_that_stopped_while_it_was_loading(ended):
     assert verdict.cause == "It stopped before its time limit, with nothing to save yet."
 
 
+def test_a_generation_that_stopped_keeps_its_answers(ended):
+    verdict = verdict_of(ended.file("generated/rank-0.jsonl", '{"number": 0}\n').exited(85, stopped_by="SIGUSR2"))
+    assert verdict.cause == "It saved and stopped before its time limit."
+    assert verdict.remedy == f"cpm resume {ended.run.id} (the answers that it has stay)"
+
+
 def test_a_lost_run(ended):
     verdict = verdict_of(ended)
     assert (verdict.category, verdict.transient) == ("lost", True)

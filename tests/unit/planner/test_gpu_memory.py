@@ -223,6 +223,13 @@ class TestInstants:
         assert size_of(memory, "inputs of the blocks") == 12 * 6 * 2 * 2048 * 14336
 
 
+def test_a_reading_of_unstated_metric_may_be_of_live_tensors_alone() -> None:
+    setup = Setup(shape=LLAMA_7B, mode="infer", precision="bf16_pure")
+    unstated, shown, live = (gpu_memory(replace(setup, metric=metric)) for metric in ("unknown", "nvml", "allocated"))
+    assert unstated.binding.bytes == shown.binding.bytes
+    assert (unstated.low, unstated.high) == (live.low, shown.high)
+
+
 class TestTheSeedsTables:
     """CPM-9G's environment manual: recommended resources, and its table of extreme minima."""
 

@@ -39,6 +39,8 @@ def on_the_host(version: str) -> dict[str, Component]:
 
 
 class TestDeepSpeed:
+    PURE = replace(OFFLOADED, offload_optimizer=False, zero_stage=3, precision="bf16_pure")
+
     @pytest.mark.parametrize(
         ("version", "returns"),
         [
@@ -92,11 +94,21 @@ class TestDeepSpeed:
     @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_pure_half_precision_is_ten_bytes_for_each_parameter(self, stage: int) -> None:
         """bf16_master_weights_and_grads and bf16_optimizer_states: weights, master copy, two moments, gradient."""
-        one = replace(OFFLOADED, offload_optimizer=False, dp=1, zero_stage=stage, precision="bf16_pure")
+        one = replace(self.PURE, dp=1, zero_stage=stage, engine_version="deepspeed 0.18.3")
         step = sizes(gpu_need(one), STEP)
         held = sum(step[name] for name in ("trained weights", "master copy and moments", "gradients"))
         assert held == pytest.approx(10 * N, rel=1e-6)
         assert "flat gradients" in step
+
+    def test_a_program_may_call_itself_pure_whose_deepspeed_keeps_fp32_states(self) -> None:
+        """bf16_master_weights_and_grads came with 0.18.3; LLaMA-Factory's pure_bf16 only loads weights so."""
+        old, unknown, new = (
+            gpu_need(replace(self.PURE, engine_version=version))
+            for version in ("deepspeed 0.18.2", "deepspeed", "deepspeed 0.18.3")
+        )
+        assert sizes(old, STEP)["master copy and moments"] == pytest.approx(12 * N / 8, abs=8)
+        assert sizes(unknown, STEP) == sizes(new, STEP)
+        assert unknown.high - new.high == pytest.approx(6 * N / 8, abs=8)
 
     def test_other_shapes_keep_them_in_half(self) -> None:
         setup = replace(OFFLOADED, shape=replace(CHATGLM_6B, gated_mlp=False), engine_version="deepspeed 0.14.2")
@@ -152,6 +164,13 @@ class TestAdapters:
         assert sizes(gpu_memory(qlora), "end of the forward pass")[inputs] == 4 * 2048 * 4096 * 32
         litgpt = replace(qlora, engine_version="litgpt")
         assert sizes(gpu_memory(litgpt), "end of the forward pass")[inputs] == 2 * 2048 * 4096 * 32
+
+    def test_a_card_of_several_holds_one_matrix_of_the_vocabulary_beside_its_quantised_blocks(self) -> None:
+        served = Setup(shape=LLAMA_7B, mode="infer", precision="nf4", pp=4)
+        found = sizes(gpu_need(served), "decoding, last card")
+        linear = 8 * LLAMA_7B.linear_parameters_per_layer
+        assert found["nf4 weights"] == pytest.approx((0.5 + 4 / 64) * linear, rel=1e-4)
+        assert found["embeddings and norms"] == pytest.approx(2 * 32000 * 4096, rel=0.001)
 
     def test_axolotl_casts_embeddings_back_to_half(self) -> None:
         """axolotl/loaders/model.py, needs_fa2_dtype."""

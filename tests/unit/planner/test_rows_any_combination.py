@@ -196,9 +196,10 @@ def test_a_row_without_an_outcome_is_neither_a_fit_nor_a_death() -> None:
     assert (score.rows, score.died, score.fitted) == (1, 0, 1)
 
 
-def test_the_public_runs_are_legal_rows() -> None:
-    """A test set: nothing is fitted on it, and it shares no document with measured_runs.csv."""
-    found, wrong = read_table(DATA / "public_runs.csv")
+@pytest.mark.parametrize("table", ["public_runs.csv", "blind_runs.csv"])
+def test_the_test_sets_are_legal_rows(table: str) -> None:
+    """Nothing is fitted on them, and they share no document with measured_runs.csv."""
+    found, wrong = read_table(DATA / table)
     assert wrong == []
     for prediction in evaluate(found).predictions:
         assert_sound(prediction)

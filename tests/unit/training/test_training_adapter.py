@@ -14,6 +14,7 @@ from tiny_runs import TinyRun, changed
 
 from cpm_cluster.training import evaluate, finetune, generate
 from cpm_cluster.training.adapter import open_adapter
+from cpm_cluster.training.errors import UserError
 from cpm_cluster.training.export import Wanted, export
 from cpm_cluster.training.settings_file import parse_settings
 from cpm_cluster.training.trained import read_recipe, shapes_of
@@ -223,6 +224,23 @@ class TestRefusals:
         file = made.peft / "cpm-test-delta.pt"
         expected = f"method.lora.alpha is 16, but 64 is CPM-9G's, and {file} says none; write what the adapter has"
         assert refusal(run) == expected
+
+    def test_an_alpha_that_is_copied_from_the_message_is_taken(self, made, tmp_path):
+        """rsLoRA's has more digits than people copy."""
+        shutil.copytree(made.peft, tmp_path / "rslora")
+        path = tmp_path / "rslora/adapter_config.json"
+        path.write_text(
+            json.dumps({**json.loads(path.read_text()), "lora_alpha": 70.71067811865476, "use_rslora": True})
+        )
+        named = {**made.adapter("PEFT folder"), "adapter": str(path.parent)}
+
+        def settings_with(alpha: float):
+            return parse_settings(changed(made.tuned.raw, {**named, "method": {**LORA, "alpha": alpha}}))
+
+        shapes = shapes_of(settings_with(1.0).model, read_recipe(made.run).lora)
+        with pytest.raises(UserError, match="method.lora.alpha is 1, but 141.421 in"):
+            open_adapter(settings_with(1.0), shapes)
+        assert open_adapter(settings_with(141.421), shapes)
 
     def test_what_is_not_there_or_is_no_adapter(self, made, run_of, tmp_path):
         other = tmp_path / "other"

@@ -136,6 +136,9 @@ def test_an_adapter_with_the_scale_of_rslora_is_read_as_one_with_ours(tmp_path):
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": None}, "r and lora_alpha"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"use_rslora": True, "rank_pattern": {"q_proj": 8}}, "use_rslora with rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa, which changes the base weights, too"),
     ],
 )
 def test_an_adapter_that_is_more_than_our_lora_is_refused(tmp_path, change, message):
