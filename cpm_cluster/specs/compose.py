@@ -183,7 +183,8 @@ class _Composition:
 
     def _over_base(self, node: MapNode, kind: str, spec: type[Spec], key: str) -> Spec | None:
         changes = replace(node, entries={k: v for k, v in node.entries.items() if k != "base"})
-        in_job = Reading(self.reading.problems, meant_by=meant_by)  # the words of the job's reading: a problem is shown once
+        # the words of the job's own reading, so that a problem is shown once
+        in_job = Reading(self.reading.problems, meant_by=meant_by)
         if "base" not in node.entries:
             return self._section(changes, spec, key, in_job)
         base = self._load(kind, node.entries["base"], f"{key}.base")
