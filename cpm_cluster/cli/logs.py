@@ -66,7 +66,9 @@ def _without_log(run: Run, name: str, attempt: int | None) -> str:
         return f"{run.id} has not begun, so there is no log of it; -f waits for one"
     if attempt is not None and attempt not in attempts:
         return f"{run.id} has no attempt {attempt}, only {', '.join(map(str, attempts))}"
-    return f"attempt {attempt or attempts[-1]} of {run.id} has no {name}, only {', '.join(there) or 'an empty folder'}"
+    which = f"attempt {attempt or attempts[-1]} of {run.id}"
+    way = f"; cpm logs {run.id} --launcher prints it" if there == ["node.log"] else ""
+    return f"{which} has no {name}, only {', '.join(there) or 'an empty folder'}{way}"
 
 
 def _followed(run: Run, name: str, attempt: int | None) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -108,11 +109,12 @@ def _run(command: click.Command, arguments: Sequence[str] | None) -> None:
 def _report_usage(error: click.ClickException, as_json: bool) -> int:
     """Say what is wrong with the command line."""
     context = error.ctx if isinstance(error, click.UsageError) else None
+    text = re.sub(r"\s*\n\s*", " ", error.format_message())  # click lists choices one a line, after a tab
     if as_json:
-        _echo_json(error.format_message())
+        _echo_json(text)
     else:
         hint = f"\n  {context.command_path} --help shows what there is" if context else ""
-        _echo_error(f"error: {error.format_message()}{hint}")
+        _echo_error(f"error: {text}{hint}")
     return exit_codes.BAD_INPUT
 
 

@@ -24,28 +24,53 @@ class Links:
     source: str
 
 
-# NVLink is half of the data sheet's bidirectional figure. PCIe: three quarters of the nominal 16, 32 and 64 (assumed).
+# NVLink is half of the data sheet's bidirectional figure; bridges, which join two PCIe cards, are not counted.
+# PCIe: three quarters of the nominal 16, 32 and 64 (assumed).
 _PCIE3, _PCIE4, _PCIE5 = 12.0, 24.0, 48.0
 LINKS: Mapping[str, Links] = {
     "p40-24g": Links(_PCIE3, _PCIE3, 3.1, 250, "NVIDIA Tesla P40 data sheet; 25 Gb/s Ethernet assumed"),
     "v100-16g": Links(150, _PCIE3, 12.5, 300, "NVIDIA V100 data sheet; 100 Gb/s assumed (p3.16xlarge: 25)"),
     "v100-32g": Links(150, _PCIE3, 12.5, 300, "NVIDIA V100 data sheet; p3dn.24xlarge: 100 Gb/s"),
+    "v100-pcie-16g": Links(_PCIE3, _PCIE3, 12.5, 250, "NVIDIA V100 data sheet; 100 Gb/s assumed"),
+    "v100-pcie-32g": Links(_PCIE3, _PCIE3, 12.5, 250, "NVIDIA V100 data sheet; 100 Gb/s assumed"),
+    "t4-16g": Links(_PCIE3, _PCIE3, 12.5, 70, "NVIDIA T4 data sheet; 100 Gb/s assumed"),
+    "titanrtx-24g": Links(_PCIE3, _PCIE3, 3.1, 280, "limit in nvidia-smi; 25 Gb/s Ethernet assumed"),
     "rtx2080ti-11g": Links(_PCIE3, _PCIE3, 3.1, 250, "NVIDIA Turing white paper; 25 Gb/s Ethernet assumed"),
     "a100-40g": Links(300, _PCIE4, 200, 400, "NVIDIA A100 data sheet; DGX A100: 8 × 200 Gb/s (p4d.24xlarge: 400)"),
     "a100-80g": Links(300, _PCIE4, 200, 400, "NVIDIA A100 data sheet; DGX A100: 8 × 200 Gb/s"),
+    "a100-pcie-40g": Links(_PCIE4, _PCIE4, 12.5, 250, "NVIDIA A100 data sheet; 100 Gb/s assumed"),
+    "a100-pcie-80g": Links(_PCIE4, _PCIE4, 12.5, 300, "NVIDIA A100 data sheet; 100 Gb/s assumed"),
+    "a30-24g": Links(_PCIE4, _PCIE4, 12.5, 165, "NVIDIA A30 data sheet; 100 Gb/s assumed"),
     "a800-80g": Links(200, _PCIE4, 200, 400, "NVIDIA A800 data sheet; 8 × 200 Gb/s assumed, as DGX A100"),
     "rtx3090-24g": Links(_PCIE4, _PCIE4, 3.1, 350, "NVIDIA GA102 white paper; 25 Gb/s Ethernet assumed"),
+    "rtx3090ti-24g": Links(_PCIE4, _PCIE4, 3.1, 450, "limit in nvidia-smi; 25 Gb/s Ethernet assumed"),
     "rtxa6000-48g": Links(_PCIE4, _PCIE4, 12.5, 300, "NVIDIA RTX A6000 data sheet; 100 Gb/s assumed"),
+    "rtxa5000-24g": Links(_PCIE4, _PCIE4, 12.5, 230, "NVIDIA RTX A5000 data sheet; 100 Gb/s assumed"),
+    "a10-24g": Links(_PCIE4, _PCIE4, 12.5, 150, "NVIDIA A10 data sheet; 100 Gb/s assumed"),
     "a10g-24g": Links(_PCIE4, _PCIE4, 12.5, 300, "NVIDIA A10G data sheet; g5.48xlarge: 100 Gb/s"),
+    "a40-48g": Links(_PCIE4, _PCIE4, 12.5, 300, "NVIDIA A40 data sheet; 100 Gb/s assumed"),
     "rtx4090-24g": Links(_PCIE4, _PCIE4, 3.1, 450, "NVIDIA Ada white paper; 25 Gb/s Ethernet assumed"),
+    "rtx4080-16g": Links(_PCIE4, _PCIE4, 3.1, 320, "limit in nvidia-smi; 25 Gb/s Ethernet assumed"),
+    "rtx4070tisuper-16g": Links(_PCIE4, _PCIE4, 3.1, 285, "limit in nvidia-smi; 25 Gb/s Ethernet assumed"),
+    "rtx6000ada-48g": Links(_PCIE4, _PCIE4, 12.5, 300, "NVIDIA RTX PRO Blackwell white paper; 100 Gb/s assumed"),
+    "l4-24g": Links(_PCIE4, _PCIE4, 12.5, 72, "NVIDIA L4 data sheet; 100 Gb/s assumed"),
+    "l40-48g": Links(_PCIE4, _PCIE4, 12.5, 300, "NVIDIA L40 data sheet; 100 Gb/s assumed"),
     "l40s-48g": Links(_PCIE4, _PCIE4, 50, 350, "NVIDIA L40S data sheet; g6e.48xlarge: 400 Gb/s"),
     "h20-96g": Links(450, _PCIE5, 400, 400, "NVIDIA H20 data sheet; 8 × 400 Gb/s assumed, as DGX H100"),
     "h100-80g": Links(450, _PCIE5, 400, 700, "NVIDIA H100 data sheet; DGX H100: 8 × 400 Gb/s"),
     "h100-96g": Links(
         450, _PCIE5, 400, 500, "torchtitan benchmarks/llama3_h100_202412_torchtitan.md: 400 Gb/s a GPU, 500 W"
     ),
+    "h100-pcie-80g": Links(_PCIE5, _PCIE5, 50, 350, "NVIDIA H100 PCIe product brief; 400 Gb/s assumed"),
+    "h100-nvl-94g": Links(_PCIE5, _PCIE5, 50, 400, "NVIDIA H100 data sheet; 400 Gb/s assumed"),
+    "gh200-96g": Links(
+        450, 338, 50, 700, "NVIDIA GH200 data sheet; host: 3/4 of NVLink-C2C's 450; W from nvidia-smi; 400 Gb/s assumed"
+    ),
     "h800-80g": Links(200, _PCIE5, 400, 700, "NVIDIA H800 data sheet; 8 × 400 Gb/s assumed, as DGX H100"),
     "h200-141g": Links(450, _PCIE5, 400, 700, "NVIDIA H200 data sheet; DGX H200: 8 × 400 Gb/s"),
+    "b200-180g": Links(900, _PCIE5, 400, 1000, "NVIDIA HGX B200 data sheet; p6-b200.48xlarge: 8 × 400 Gb/s"),
+    "rtx5090-32g": Links(_PCIE5, _PCIE5, 3.1, 575, "NVIDIA RTX Blackwell white paper; 25 Gb/s Ethernet assumed"),
+    "rtxpro6000-96g": Links(_PCIE5, _PCIE5, 12.5, 600, "NVIDIA RTX PRO Blackwell white paper; 100 Gb/s assumed"),
 }
 
 
@@ -61,9 +86,12 @@ class Accelerator:
 
     @property
     def generation(self) -> str:
-        """By compute capability, the finest grain at which efficiencies are known."""
+        """By compute capability, the finest grain at which efficiencies are known.
+
+        12.x (RTX Blackwell) has Ampere's matrix instructions: `wgmma` needs 9.0, `tcgen05` 10.x (PTX ISA).
+        """
         sm = self.card.sm
-        return "volta" if sm < 80 else "ampere" if sm < 90 else "hopper"
+        return "volta" if sm < 80 else "hopper" if 90 <= sm < 120 else "ampere"
 
     def peak(self, precision: str) -> float:
         """FLOP/s of the 16-bit tensor cores; of fp32 where the run computes in it (V100: 1/8; TF32: 1/2).

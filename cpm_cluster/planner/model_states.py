@@ -152,9 +152,8 @@ def quantises_the_head(setup: Setup) -> bool:
 
 
 def _trained(setup: Setup, stage: Stage) -> float:
-    share = stage.parameters / setup.shape.parameters
-    if not setup.trains_adapters or setup.pp == 1:
-        return setup.trained_parameters * share
+    if not setup.trains_adapters:
+        return setup.trained_parameters * stage.parameters / setup.shape.parameters
     whole = _trained_vocabulary(setup, stage)
     in_blocks = max(0, setup.trained_parameters - setup.fully_trained_vocabulary)
     return in_blocks * stage.blocks / setup.shape.layers / setup.tp + whole
@@ -163,9 +162,9 @@ def _trained(setup: Setup, stage: Stage) -> float:
 def _trained_vocabulary(setup: Setup, stage: Stage) -> float:
     """Trained whole beside adapters; a stage of a pipeline has one matrix at most."""
     whole = min(setup.fully_trained_vocabulary, setup.trained_parameters)
-    if setup.pp == 1:
-        return whole * stage.parameters / setup.shape.parameters
-    return min(whole, setup.shape.embedding_parameters) / setup.tp
+    if setup.pp > 1:
+        whole = min(whole, setup.shape.embedding_parameters)
+    return whole * stage.vocabulary_share
 
 
 def moment_bytes(setup: Setup, width: int) -> int:

@@ -120,7 +120,10 @@ class TestPlannedBeside:
         ("NVIDIA H200", 90, 143156, "h200-141g"),
         ("NVIDIA H20", 90, 97260, "h20-96g"),
         ("NVIDIA GeForce RTX 4090", 89, 24210, "rtx4090-24g"),
-        ("NVIDIA B200", 100, 183000, None),
+        ("NVIDIA H100 NVL", 90, 95320, "h100-nvl-94g"),
+        ("NVIDIA L4", 89, 22563, "l4-24g"),
+        ("NVIDIA B200", 100, 182642, "b200-180g"),
+        ("NVIDIA B300", 103, 275040, None),
     ],
 )
 def test_the_card_is_found_in_the_catalogue(name, sm, memory_mib, card):

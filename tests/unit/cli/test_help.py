@@ -69,6 +69,7 @@ def test_the_version(capsys):
         (["logs", "--rank", "-1"], "--rank"),
         (["runs", "--limit", "many"], "--limit"),
         (["schema", "jobs"], "job"),
+        (["schema"], "Choose from: job, profile, "),
         (["submit"], "JOB"),
         (["submit", "a.yaml", "b.yaml"], "b.yaml"),
     ],
