@@ -63,7 +63,10 @@ def _watch(run: Run, scheduler: Scheduler, view: View) -> State:
 
 
 def _proven(run: Run, state: State) -> Iterator[str]:
-    nodes = {str(record["node"]) for path in (run.files.root / "exit").glob("*.json") if (record := read_json(path))}
+    records = filter(None, map(read_json, (run.files.root / "exit").glob("*.json")))
+    nodes = {
+        str(record["node"]) for record in records if record.get("exit_code") in (exit_codes.OK, exit_codes.STOPPED)
+    }
     if nodes:
         yield f"{len(nodes)} of {run.plan.nodes} nodes ran it ({run.plan.runtime}): {', '.join(sorted(nodes))}"
     ranks = _ranks(run)

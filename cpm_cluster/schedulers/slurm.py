@@ -201,7 +201,8 @@ def _user(uid: int) -> str:
 
 def _reason(job: QueuedJob) -> str:
     start = time.strftime("%F %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else job.start
-    return f"waiting ({job.reason})" + (f", start expected {start}" if start else "")
+    why = "" if job.reason == "None" else f" ({job.reason})"  # Slurm has not looked at it yet
+    return f"waiting{why}" + (f", start expected {start}" if start else "")
 
 
 def _obstacles(plan: LaunchPlan, partition: str, groups: list[NodeGroup]) -> Iterator[str]:

@@ -52,4 +52,7 @@ def _read(path: Path, model: ModelSettings) -> Tensors:
         raise UserError(f"{path} holds an adapter of PEFT, no base weights")
     if cpm9g.weight_files(path):
         return cpm9g.read_cpm9g(path)
-    raise UserError(f"{path} holds no weights: neither model.safetensors or its index, nor a .pt file of CPM-9G")
+    raise UserError(
+        f"{path} holds no weights: neither model.safetensors or its index, nor a .pt file of CPM-9G"
+        "; of a run, name weights/model.pt in it"
+    )

@@ -380,6 +380,10 @@ class TestWaiting:
         clients.says("squeue", queued(job("PENDING REQUEUED", state_reason="BeginTime")))
         assert scheduler.waiting_for(made.run, SUBMISSION) == "waiting (BeginTime)"
 
+    def test_one_that_slurm_has_not_looked_at_has_no_reason_yet(self, scheduler, clients, made):
+        clients.says("squeue", queued(job("PENDING", state_reason="None")))
+        assert scheduler.waiting_for(made.run, SUBMISSION) == "waiting"
+
     @pytest.mark.parametrize("jobs", [[job("RUNNING")], []])
     def test_any_other_does_not(self, scheduler, clients, made, jobs):
         clients.says("squeue", queued(*jobs))
