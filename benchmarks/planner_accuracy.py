@@ -37,11 +37,11 @@ from typing import Any
 
 from fit_planner import fit
 
+from cpm_cluster.planner.deepspeed_states import largest_matrix
 from cpm_cluster.planner.evaluate import Prediction, fit_score, gpu_error, host_error, predict
 from cpm_cluster.planner.gpu_memory import gpu_memory, gpu_need, reading
 from cpm_cluster.planner.host_memory import GB, host_memory
 from cpm_cluster.planner.memory_constants import MIB
-from cpm_cluster.planner.model_states import largest_matrix
 from cpm_cluster.planner.rows import Row, read_rows
 from cpm_cluster.planner.setup import Setup, Shape
 

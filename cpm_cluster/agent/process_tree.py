@@ -30,8 +30,13 @@ def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
         os.kill(os.getpid(), number)
 
 
-def start_child(argv: list[str], environment: dict[str, str], log: IO[bytes], cwd: Path) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, which ends with this process; raises OSError as Popen does."""
+def start_child(
+    argv: list[str], environment: dict[str, str], log: IO[bytes], cwd: Path, lock: IO[str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, which ends with this process; raises OSError as Popen does.
+
+    A lock is held until the program and all that it starts have ended (flock(2)), whatever becomes of this process.
+    """
     parent = os.getpid()
     return subprocess.Popen(
         argv,
@@ -41,6 +46,7 @@ def start_child(argv: list[str], environment: dict[str, str], log: IO[bytes], cw
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        pass_fds=() if lock is None else (lock.fileno(),),
         preexec_fn=lambda: end_with_parent(parent),
     )
 

@@ -74,7 +74,7 @@ class RootlessDocker:
             return
         try:
             data_root = Path(os.readlink(str(self.folder / DATA_ROOT)))
-            self._lock = self._lock or _locked(data_root)
+            self._lock = self._lock or _locked_once_free(data_root)
             if self._lock is not None:
                 self._start(data_root)
         except (OSError, NodeError):
@@ -100,7 +100,7 @@ class RootlessDocker:
         try:
             with open(self._log, "ab") as log:
                 argv = ["dockerd-rootless.sh", *OPTIONS, *folders]
-                self._process = process_tree.start_child(argv, environment, log, self.folder)
+                self._process = process_tree.start_child(argv, environment, log, self.folder, self._lock)
         except OSError as error:
             raise NodeError(
                 f"dockerd-rootless.sh cannot be run on this node ({error.strerror}): load the site's module for"
@@ -224,12 +224,22 @@ def _take_data_root(plan: LaunchPlan, node: NodeFacts) -> tuple[IO[str], Path]:
 
 def _locked(data_root: Path) -> IO[str] | None:
     """The lock of a data root; None where another daemon holds it."""
-    lock = open(f"{data_root}.lock", "w")  # noqa: SIM115 - held as long as the daemon lives
+    lock = open(f"{data_root}.lock", "w")  # noqa: SIM115 - held as long as the daemon lives, which inherits it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
         return None
+    return lock
+
+
+def _locked_once_free(data_root: Path) -> IO[str] | None:
+    """The lock of a data root whose agent was killed: its daemon is about to end, too."""
+    deadline = time.monotonic() + STOP_PATIENCE_S
+    lock = _locked(data_root)
+    while lock is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        lock = _locked(data_root)
     return lock
 
 

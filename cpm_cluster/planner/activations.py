@@ -8,19 +8,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from cpm_cluster.planner.deepspeed_states import deepspeed_version
 from cpm_cluster.planner.fit import Component
+from cpm_cluster.planner.fsdp_states import written_for_fsdp
 from cpm_cluster.planner.generation import WIDENS_LOGITS, beyond_the_prompt, generation
 from cpm_cluster.planner.memory_constants import FITTED, MemoryConstants
-from cpm_cluster.planner.model_states import (
-    deepspeed_version,
-    part,
-    quantises_the_head,
-    weight_bytes,
-    widens_embeddings,
-    written_for_fsdp,
-)
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import Stage
+from cpm_cluster.planner.states import part, quantises_the_head, weight_bytes, widens_embeddings
 
 KORTHIKANTI = "Korthikanti et al. 2022"
 # Beside the logits themselves, where the loss makes them fp32 once and shifts labels in their place: log-softmax 4 and

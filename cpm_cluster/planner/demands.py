@@ -18,9 +18,9 @@ from cpm_cluster.planner.host_memory import GATHERED, HostInstant, host_memory, 
 from cpm_cluster.planner.host_memory import SPREAD as HOST_SPREAD
 from cpm_cluster.planner.job_setup import as_loaded, host_capacity
 from cpm_cluster.planner.memory_constants import MIB
-from cpm_cluster.planner.model_states import DTYPE, part, weight_bytes
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.shared_memory import shared_memory
+from cpm_cluster.planner.states import DTYPE, part, weight_bytes
 from cpm_cluster.planner.step_time import step_time
 from cpm_cluster.specs.job import JobSpec
 
@@ -32,7 +32,7 @@ CPU_SPREAD = 0.3
 OURS = ("fsdp", "ddp")
 TORCH_ENGINE = "training/engines/torch_engine.py"
 STAGING = "training/engines/staging.py"
-ATTENTION = "training/attention.py"
+ATTENTION = "training/model/attention.py"
 
 
 def demands(spec: JobSpec, setup: Setup | None, calibration: Calibration | None = None) -> Iterator[Demand]:
@@ -126,7 +126,7 @@ def _wide_weights(setup: Setup) -> tuple[Component, ...]:
     if not setup.trains_adapters or setup.precision == "fp32":
         return ()
     ranks = setup.shards if setup.zero_stage else 1
-    # FSDP2 takes weights of several types in a unit from torch 2.9 on (training/lora.py)
+    # FSDP2 takes weights of several types in a unit from torch 2.9 on (training/model/lora.py)
     all_wide = bool(setup.zero_stage) and setup.torch_version < (2, 9)
     count = setup.shape.parameters if all_wide else setup.shape.embedding_parameters
     formula = "2N more" if all_wide else "2Vh more"
@@ -139,7 +139,7 @@ def _wide_weights(setup: Setup) -> tuple[Component, ...]:
 def _masks(setup: Setup) -> tuple[Component, ...]:
     """A number for each pair of positions, made once for all blocks: 0, or -inf where there is nothing to be seen.
 
-    Where keys and values are repeated for all heads, each block saves them (training/attention.py). Kernels that are
+    Where keys and values are repeated for all heads, each block saves them (model/attention.py). Kernels that are
     told where documents begin need neither.
     """
     if not setup.row_masks:

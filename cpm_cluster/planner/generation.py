@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpm_cluster.planner.fit import Component
-from cpm_cluster.planner.model_states import part, weight_bytes
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import Stage
+from cpm_cluster.planner.states import part, weight_bytes
 
 KEEPS_ONE_LOGIT = (4, 45)  # num_logits_to_keep: before it, generate computed the logits of the whole prompt
 GROWS_IN_PLACE = (4, 36)  # DynamicCache: before it, a step held all keys and values of the step before as well

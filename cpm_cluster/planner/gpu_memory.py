@@ -7,19 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cpm_cluster.planner.activations import Activations, activations, logits_beyond
+from cpm_cluster.planner.deepspeed_states import states_beyond, step_beyond
 from cpm_cluster.planner.fit import Component
+from cpm_cluster.planner.fsdp_states import records_streams, written_for_fsdp
 from cpm_cluster.planner.memory_constants import CONSTANTS, FITTED, MIB, MemoryConstants
-from cpm_cluster.planner.model_states import (
-    States,
-    model_states,
-    part,
-    records_streams,
-    states_beyond,
-    step_beyond,
-    written_for_fsdp,
-)
+from cpm_cluster.planner.model_states import model_states
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import stages
+from cpm_cluster.planner.states import States, part
 
 STAGING = "init staging"
 STEP = "optimizer step"

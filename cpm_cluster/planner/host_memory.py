@@ -8,19 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpm_cluster.planner.deepspeed_states import STAGE_2, STAGE_3, SUB_GROUP, deepspeed_version
 from cpm_cluster.planner.fit import Component
-from cpm_cluster.planner.model_states import (
-    QUANTISED_BYTES,
-    STAGE_2,
-    STAGE_3,
-    SUB_GROUP,
-    deepspeed_version,
-    moment_bytes,
-    moments_name,
-    part,
-    weight_bytes,
-)
 from cpm_cluster.planner.setup import Setup
+from cpm_cluster.planner.states import QUANTISED_BYTES, moment_bytes, moments_name, part, weight_bytes
 
 GB = 10**9
 SYSTEM_GB = 4.0  # operating system, container, launcher

@@ -1,4 +1,4 @@
-"""Memory of tasks evaluate and generate: the trainer's model for reading alone (training/inference.py).
+"""Memory of tasks evaluate and generate: the trainer's model for reading alone (training/inference/loaded.py).
 
 Symbols: N parameters, A of a LoRA adapter that is applied beside them, w bytes of one, n ranks, L layers, h hidden,
 V vocabulary, B rows at once of s tokens.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from cpm_cluster.planner.fit import Component, Demand
-from cpm_cluster.planner.model_states import part, weight_bytes
 from cpm_cluster.planner.setup import Setup
+from cpm_cluster.planner.states import part, weight_bytes
 from cpm_cluster.specs.job import JobSpec
 from cpm_cluster.specs.values import version_tuple
 
@@ -21,8 +21,8 @@ SYSTEM_BYTES, RANK_BYTES = 4 * GB, 3_200_000_000  # as in training, planner/host
 CPU_RANK_BYTES = 400_000_000  # as in training, planner/demands.py
 MAPS_FILES_SINCE = (2, 1)  # torch.load(mmap=True)
 OUTSIDE = ("CUDA context", "NCCL")
-INFERENCE = "training/inference.py"
-ATTENTION = "training/attention.py"
+INFERENCE = "training/inference/loaded.py"
+ATTENTION = "training/model/attention.py"
 NO_TIME = "no time is predicted for this task"
 
 

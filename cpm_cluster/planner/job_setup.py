@@ -18,7 +18,7 @@ TRAINING_ENGINES: dict[str, Engine] = {"bmtrain": "bmtrain", "deepspeed": "deeps
 FLASH_ATTENTION_2_SM = 80  # flash-attn 2 needs Ampere
 FUSED_ATTENTION_TORCH = (2, 0)  # scaled_dot_product_attention
 VARLEN_TORCH = (2, 10)  # torch.nn.attention.varlen
-# Names of the adapted layers by their role; w_0 is the gate (training/model.py), and the only way up without one.
+# Names of the adapted layers by their role; w_0 is the gate (model/decoder.py), and the only way up without one.
 ADAPTED = {
     "project_q": "q",
     "project_k": "k",
@@ -204,7 +204,7 @@ def _is_fused(spec: JobSpec) -> bool:
 
 
 def _takes_segments(spec: JobSpec) -> bool:
-    """Whether our trainer finds a kernel that needs no mask (training/attention.py); without an image, if told so."""
+    """Whether our trainer finds a kernel that needs no mask (model/attention.py); without an image, if told so."""
     training, image = spec.training, spec.image or Image(tag="none")
     has_kernel = training.attention in ("flash", "varlen") or (
         training.attention == "auto"

@@ -122,7 +122,7 @@ class Setup:
     overlap_comm: bool = False
 
     precision: str = "bf16"
-    optimizer: str = "adamw"  # others: MOMENTS in model_states.py, with paged_ before and _8bit behind
+    optimizer: str = "adamw"  # others: MOMENTS in states.py, with paged_ before and _8bit behind
     micro_batch: int = 1
     grad_accum: int = 1
     grad_accum_stated: bool = True  # False: there may be gradients of an earlier micro batch

@@ -362,6 +362,19 @@ def test_the_guard_revives_the_daemon_of_an_agent_that_was_killed(daemon, plan, 
     assert not of_guard.folder.exists()
 
 
+def test_a_data_root_is_taken_while_a_daemon_lives_whose_agent_was_killed(daemon, plan, site):
+    """Two daemons on one data root: the second would find its database locked."""
+    of_killed_agent, other = daemon(job="7"), daemon(job="8")
+    of_killed_agent.start(plan)
+    pids = site.pids()
+    of_killed_agent._lock.close()  # as the agent's end does
+    other.start(plan)
+    words = site.said("argv").split("\0")
+    assert words[words.index("--data-root") + 1] == f"{data_root_base(plan)}/g2001/1"
+    for pid in pids:
+        os.kill(pid, 9)
+
+
 def test_a_daemon_that_lives_or_never_started_is_not_revived(daemon, plan, site):
     docker = daemon()
     docker.revive()

@@ -191,7 +191,7 @@ class TestOurTorchEngine:
         return sizes(in_our_engine(gpu_need(setup), setup), "end of the forward pass")
 
     def test_all_blocks_share_one_mask_of_packed_rows(self) -> None:
-        """training/attention.py: a number in half precision for each pair of positions of each row."""
+        """training/model/attention.py: a number in half precision for each pair of positions of each row."""
         for recompute in ("none", "full"):
             found = self.held(replace(self.FSDP, recompute=recompute))
             assert found["mask of packed rows"] == 2 * 2 * 2048**2

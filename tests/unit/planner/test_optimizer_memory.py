@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from cpm_cluster.planner.deepspeed_states import SUB_GROUP
 from cpm_cluster.planner.gpu_memory import STEP, GpuMemory, Instant, gpu_memory, gpu_need
 from cpm_cluster.planner.host_memory import host_memory
-from cpm_cluster.planner.model_states import SUB_GROUP
 from cpm_cluster.planner.setup import Setup, Shape
 
 SHAPE = Shape(hidden=4096, layers=32, heads=32, kv_heads=32, ffn=11008, vocab=32000)
