@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from cpm_cluster.runs.run import Run, Submission, read_submission
 from cpm_cluster.runs.state import State, read_state
 from cpm_cluster.runs.telemetry import run_telemetry
 from cpm_cluster.schedulers import IsAlive, SchedulerError, open_scheduler
+
+ACCOUNTING_LATENCY_S = 600.0
 
 
 class Look:
@@ -71,10 +74,23 @@ def _job_end(run: Run, state: State) -> JobEnd | None:
     if submission is None:
         return None
     known = recorded_job_end(run, state.attempt, submission.job_id)
-    if known is None and (known := open_scheduler(submission.scheduler).ended_as(run, submission)):
+    if known is not None and (known.is_final or _was_settled_long_ago(run)):
+        return known
+    told = open_scheduler(submission.scheduler).ended_as(run, submission)
+    if told is None or told == known:
+        return known
+    if known is None or told.is_final:
         with contextlib.suppress(OSError):
-            record_job_end(run, state.attempt, known)
-    return known
+            record_job_end(run, state.attempt, told)
+    return told
+
+
+def _was_settled_long_ago(run: Run) -> bool:
+    """What accounting has not said by then it will not say, and a list of many runs has no time to ask."""
+    try:
+        return time.time() - run.files.verdict.stat().st_mtime > ACCOUNTING_LATENCY_S
+    except OSError:
+        return False
 
 
 def as_data(run: Run, state: State, verdict: Verdict | None = None) -> dict[str, Any]:

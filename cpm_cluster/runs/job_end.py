@@ -24,6 +24,11 @@ class JobEnd:
     nodes: str = ""
     cancelled_by: str = ""
 
+    @property
+    def is_final(self) -> bool:
+        """squeue knows that a job was cancelled before accounting knows by whom."""
+        return self.state != "CANCELLED" or bool(self.cancelled_by)
+
 
 def record_job_end(run: Run, attempt: int, end: JobEnd) -> None:
     """Keep it as an event; raises OSError where the run is somebody else's to write to."""
@@ -31,9 +36,9 @@ def record_job_end(run: Run, attempt: int, end: JobEnd) -> None:
 
 
 def recorded_job_end(run: Run, attempt: int, job_id: str) -> JobEnd | None:
-    """What `record_job_end` kept of this job and attempt."""
+    """What `record_job_end` kept last of this job and attempt."""
     names = [field.name for field in fields(JobEnd)]
-    for event in read_events(run.files.root / "events"):
+    for event in reversed(read_events(run.files.root / "events")):
         if (event["kind"], event.get("attempt"), event.get("job_id")) == (KIND, attempt, job_id):
             return JobEnd(**{name: str(event.get(name, "")) for name in names})
     return None

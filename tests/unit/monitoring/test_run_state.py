@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -51,7 +52,7 @@ def scheduler_says(monkeypatch):
             return said.pop() if said else None
 
     monkeypatch.setattr(run_state, "open_scheduler", lambda name: Scheduler())
-    return lambda state: said.append(JobEnd("1", state, "squeue --jobs=1", f"{state} g2001"))
+    return lambda state, by="": said.insert(0, JobEnd("1", state, "squeue --jobs=1", f"{state} g2001", "", by))
 
 
 def test_the_schedulers_word_on_a_lost_run_is_kept_when_it_has_forgotten(made_run, scheduler_says):
@@ -61,6 +62,26 @@ def test_the_schedulers_word_on_a_lost_run_is_kept_when_it_has_forgotten(made_ru
     first, later = settle(made.run, state), settle(made.run, state)
     assert first.cause == "Slurm ended it at its time limit." and first == later
     assert json.loads(made.run.files.verdict.read_text())["category"] == "time limit"
+
+
+def test_who_cancelled_a_job_is_told_as_soon_as_accounting_knows(made_run, scheduler_says):
+    """squeue knows first, and not by whom; a scheduler that has forgotten the job takes nothing away."""
+    scheduler_says("CANCELLED")
+    scheduler_says("CANCELLED", by="ann")
+    made = made_run().submitted().phase("training").exited(143, stopped_by="SIGTERM")
+    state = read_state(made.run, alive=False)
+    causes = [settle(made.run, state).cause for _ in range(3)]
+    told = "It was cancelled in Slurm by ann, not by cpm cancel."
+    assert causes == ["It was cancelled in Slurm, not by cpm cancel.", told, told]
+
+
+def test_accounting_is_not_asked_for_ever_who_cancelled_a_job(made_run, scheduler_says):
+    scheduler_says("CANCELLED")
+    made = made_run().submitted().phase("training").exited(143, stopped_by="SIGTERM")
+    first = settle(made.run, read_state(made.run, alive=False))
+    os.utime(made.run.files.verdict, (0, 0))
+    scheduler_says("CANCELLED", by="ann")
+    assert settle(made.run, read_state(made.run, alive=False)) == first
 
 
 def test_it_is_of_no_other_attempt(made_run, scheduler_says):
