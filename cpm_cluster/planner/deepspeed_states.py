@@ -9,13 +9,12 @@ from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import Stage
 from cpm_cluster.planner.states import (
-    DTYPE,
     ZERO,
     States,
-    frozen_weights,
     moment_bytes,
     over,
     part,
+    sharded_weights,
     trained_in_stage,
     weight_bytes,
 )
@@ -40,12 +39,7 @@ def deepspeed_states(setup: Setup, stage: Stage) -> States:
     on_host = setup.offload_optimizer and level >= 1
     at_rest: list[Component] = []
     if not (setup.offload_param and level >= 3):
-        if setup.trains_adapters:
-            at_rest += frozen_weights(setup, stage, weights_over)
-        elif setup.mode == "reward":
-            frozen = width * (stage.parameters - trained) / weights_over
-            at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
-        at_rest.append(part("trained weights", f"{width}T" + over(weights_over), width * trained / weights_over, ZERO))
+        at_rest += sharded_weights(setup, stage, width, weights_over)
     master = master_bytes(setup)
     if not on_host:
         states = (0 if width == 4 else master) + moment_bytes(setup, master)

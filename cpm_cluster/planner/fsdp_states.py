@@ -8,15 +8,14 @@ from cpm_cluster.planner.fit import Component
 from cpm_cluster.planner.setup import Setup
 from cpm_cluster.planner.stages import Stage
 from cpm_cluster.planner.states import (
-    DTYPE,
     QUANTISED_BYTES,
     ZERO,
     States,
     foreach_temporaries,
-    frozen_weights,
     moments,
     over,
     part,
+    sharded_weights,
     trained_in_stage,
     weight_bytes,
 )
@@ -39,12 +38,7 @@ def fsdp_states(setup: Setup, stage: Stage) -> States:
     weights_over = n if setup.zero_stage >= 2 else 1
     at_rest: list[Component] = []
     if not setup.offload_param:
-        if setup.trains_adapters:
-            at_rest += frozen_weights(setup, stage, weights_over)
-        elif setup.mode == "reward":
-            frozen = width * (stage.parameters - trained) / weights_over
-            at_rest.append(part("frozen weights", f"{width}(N - T)" + over(weights_over), frozen, DTYPE))
-        at_rest.append(part("trained weights", f"{width}T" + over(weights_over), width * trained / weights_over, ZERO))
+        at_rest += sharded_weights(setup, stage, width, weights_over)
     if not setup.zero_init:
         whole = 2 * stage.parameters
         at_rest.append(part("the unsharded weights", "2N", whole, "assumed: read before sharding, and kept"))

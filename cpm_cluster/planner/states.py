@@ -73,6 +73,18 @@ def frozen_weights(setup: Setup, stage: Stage, ranks: int = 1) -> list[Component
     ]
 
 
+def sharded_weights(setup: Setup, stage: Stage, width: int, ranks: int) -> list[Component]:
+    """Frozen and trained weights of a ZeRO engine, whose trained ones have `width` bytes, over so many ranks."""
+    trained, share = trained_in_stage(setup, stage), over(ranks)
+    held: list[Component] = []
+    if setup.trains_adapters:
+        held += frozen_weights(setup, stage, ranks)
+    elif setup.mode == "reward":
+        frozen = width * (stage.parameters - trained) / ranks
+        held.append(part("frozen weights", f"{width}(N - T)" + share, frozen, DTYPE))
+    return [*held, part("trained weights", f"{width}T" + share, width * trained / ranks, ZERO)]
+
+
 def _quantised_parameters(setup: Setup, stage: Stage) -> float:
     """All on a stage but embeddings and norms, and the head where that isn't quantised."""
     shape = setup.shape
